@@ -1,0 +1,181 @@
+"""The journal: append-only, checksummed JSON lines, the only truth of a run.
+
+While a journal is replayed, `record` compares with what stands there instead of writing; behind its end
+it appends. So the loop in `run.py` is written once, and resuming is running it again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evomerge.canonical import canonical_json, decode_array, encode_array
+from evomerge.errors import RunError, UserError
+
+VERSION = 1
+MAX_LINE = 64_000_000
+"""Bytes. A longer line is not ours: about 3 million scored items in one event."""
+DURABLE = frozenset({"told", "stage", "final", "stop"})
+TOLERANCE = 1e-6
+"""Largest difference per gene between an asked genome and the journalled one (another BLAS, another host)."""
+
+Event = dict[str, Any]
+
+
+def _seal(event: Event) -> bytes:
+    body = canonical_json(event)
+    crc = zlib.crc32(body.encode("ascii"))
+    return (canonical_json({**event, "crc": crc}) + "\n").encode("ascii")
+
+
+def _unseal(line: bytes, seq: int) -> Event:
+    """Raises ValueError for anything that `_seal` did not write as event number `seq`."""
+    if len(line) > MAX_LINE:
+        raise ValueError(f"a line of {len(line)} bytes")
+    event = json.loads(line)
+    if not isinstance(event, dict) or not isinstance(event.get("kind"), str):
+        raise ValueError("not an event")
+    crc = event.pop("crc", None)
+    if crc != zlib.crc32(canonical_json(event).encode("ascii")):
+        raise ValueError("wrong checksum")
+    if event.get("v") != VERSION:
+        raise ValueError(f"journal format {event.get('v')!r}; this version reads format {VERSION}")
+    if event.get("seq") != seq:
+        raise ValueError(f"event {event.get('seq')!r} where {seq} was expected")
+    return event
+
+
+def read(path: Path) -> tuple[list[Event], int]:
+    """All whole events and the number of bytes they take. A torn last line is left out.
+
+    Raises UserError where anything before the last line is damaged: that is no interrupted write.
+    """
+    events: list[Event] = []
+    good = 0
+    try:
+        with path.open("rb") as f:
+            while line := f.readline(MAX_LINE + 1):
+                try:
+                    if not line.endswith(b"\n"):
+                        raise ValueError("torn")
+                    events.append(_unseal(line, len(events)))
+                except (ValueError, RecursionError) as e:
+                    if f.read(1) == b"" and not isinstance(e, RecursionError) and "format" not in str(e):
+                        return events, good  # the write that a crash cut short
+                    reason = str(e).splitlines()[0]
+                    raise UserError(
+                        f"{path} line {len(events) + 1}: damaged ({reason}); restore the file from a copy"
+                    ) from None
+                good += len(line)
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror})") from None
+    return events, good
+
+
+class Journal:
+    """An open journal with a replay cursor. Use as a context manager."""
+
+    def __init__(self, path: Path, *, accept_drift: bool = False, on_drift: Callable[[int, float], None] | None = None):
+        """Open or create; a torn tail is cut off so that the next event starts on a line of its own."""
+        self.path = path
+        self.events: list[Event] = []
+        self._cursor = 0
+        self._accept_drift = accept_drift
+        self._on_drift = on_drift
+        good = 0
+        if path.exists():
+            self.events, good = read(path)
+        self._file = path.open("ab")
+        self._file.truncate(good)
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    @property
+    def replaying(self) -> bool:
+        """True while recorded events are still ahead of the cursor."""
+        return self._cursor < len(self.events)
+
+    def upcoming(self, kind: str) -> list[Event]:
+        """Recorded events of one kind that stand next, in one unbroken run from the cursor."""
+        end = self._cursor
+        while end < len(self.events) and self.events[end]["kind"] == kind:
+            end += 1
+        return self.events[self._cursor : end]
+
+    def record(self, kind: str, /, **payload: Any) -> Event:
+        """Append one event, or replay it: then what the journal says is returned, and it must agree.
+
+        A `genome` may differ from the journalled one by TOLERANCE per gene: the journalled one counts.
+        Raises RunError where the replay departs from the journal.
+        """
+        event = {"v": VERSION, "seq": self._cursor, "kind": kind, **payload}
+        if self.replaying:
+            recorded = self.events[self._cursor]
+            self._agree(recorded, event)
+        else:
+            recorded = event
+            self._file.write(_seal(event))
+            self._file.flush()
+            if kind in DURABLE:
+                os.fsync(self._file.fileno())
+        self._cursor += 1
+        return recorded
+
+    def take(self) -> Event:
+        """Step over the next recorded event without comparing it (its content is the truth)."""
+        event = self.events[self._cursor]
+        self._cursor += 1
+        return event
+
+    def _agree(self, recorded: Event, event: Event) -> None:
+        if recorded["kind"] != event["kind"]:
+            raise RunError(
+                f"{self.path} event {event['seq']}: the journal has {recorded['kind']!r} where the replay "
+                f"has {event['kind']!r}; was it written by another version or another experiment?"
+            )
+        differing = sorted(k for k in {*recorded, *event} if recorded.get(k) != event.get(k))
+        drift = 0.0
+        if "genome" in recorded and "genome" in event and recorded["genome"] != event["genome"]:
+            a, b = decode_array(recorded["genome"]), decode_array(event["genome"])
+            drift = float(np.max(np.abs(a - b))) if a.shape == b.shape else np.inf
+            # The recipe's id follows from the genome, so it may differ with it.
+            differing = [k for k in differing if k not in ("genome", "recipe_id")]
+        if differing:
+            raise RunError(
+                f"{self.path} event {event['seq']} ({event['kind']}): the replay differs in {', '.join(differing)}; "
+                "the experiment or its inputs changed since"
+            )
+        if drift > TOLERANCE and not self._accept_drift:
+            raise RunError(
+                f"{self.path} event {event['seq']}: the asked genome differs from the journalled one by {drift:.2e} "
+                f"(more than {TOLERANCE:g}); resume on the software that wrote it, or pass --accept-drift"
+            )
+        if drift > 0.0 and self._on_drift is not None:
+            self._on_drift(int(event["seq"]), drift)
+
+
+# -- scores as JSON -----------------------------------------------------------------------------------------
+
+
+def scores_to_json(scores: Mapping[str, Mapping[str, Any]] | None) -> Any:
+    """task -> metric -> array, as JSON; None stays None."""
+    if scores is None:
+        return None
+    return {t: {m: encode_array(np.asarray(a, dtype=np.float32)) for m, a in ms.items()} for t, ms in scores.items()}
+
+
+def scores_from_json(data: Any) -> dict[str, dict[str, Any]] | None:
+    """The inverse of `scores_to_json`. Raises ValueError on malformed data."""
+    if data is None:
+        return None
+    return {t: {m: decode_array(a) for m, a in ms.items()} for t, ms in data.items()}

@@ -1,0 +1,58 @@
+"""The resident weights: every source as one flat vector in the manifest's layout, in the dtype it was stored in.
+
+Deltas are never stored: a bf16 delta does not reproduce its expert, and an fp32 one would double the memory.
+They are formed in fp32 inside the kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from evomerge.manifest import Block, Manifest
+from evomerge.pool import DTYPES, ModelPool
+
+
+@dataclass(frozen=True)
+class BlockView:
+    """One block of all sources: flat vectors of shape (stop - start,), and where its tensors lie in them."""
+
+    block: Block
+    base: Tensor
+    sources: Mapping[str, Tensor]
+
+    def spans(self) -> list[tuple[str, int, int]]:
+        """(tensor name, start, stop) within the block's flat vectors."""
+        at = self.block.start
+        return [(t.name, t.offset - at, t.offset - at + t.size) for t in self.block.tensors]
+
+
+class Bank:
+    """Base and experts, resident on one device."""
+
+    def __init__(self, flat: Mapping[str, Tensor], manifest: Manifest) -> None:
+        """Take flat vectors of length `manifest.elements`, one a source, the base among them."""
+        self.flat = dict(flat)
+        self.manifest = manifest
+
+    @classmethod
+    def load(cls, pool: ModelPool, manifest: Manifest, device: torch.device) -> Bank:
+        """Copy every tensor from its mapped file to its place. Mixed dtypes of one source are promoted."""
+        flat = {}
+        for name, checkpoint in pool.checkpoints.items():
+            kinds = {DTYPES[checkpoint.tensors[t.name].dtype] for t in manifest.tensors}
+            dtype = kinds.pop() if len(kinds) == 1 else torch.float32
+            vector = torch.zeros(manifest.elements, dtype=dtype, device=device)
+            for t in manifest.tensors:
+                vector[t.offset : t.offset + t.size].copy_(checkpoint.tensor(t.name).view(-1))
+            flat[name] = vector
+        return cls(flat, manifest)
+
+    def view(self, block: str) -> BlockView:
+        """The block of every source, without copying."""
+        b = self.manifest.blocks[block]
+        base = self.manifest.base
+        return BlockView(b, self.flat[base][b.start : b.stop], {n: v[b.start : b.stop] for n, v in self.flat.items()})

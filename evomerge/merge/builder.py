@@ -1,0 +1,73 @@
+"""The in-place builder: candidates are written over one buffer whose views are the live model's parameters.
+
+Building is history-free: a block is a pure function of its rule, so build(A), build(B) gives the bits of
+build(B) alone, and blocks whose rule did not change are left as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from evomerge.canonical import canonical_json
+from evomerge.merge.bank import Bank
+from evomerge.merge.pipeline import BuildError, Sketches, apply
+from evomerge.pool import TORCH_DTYPES
+from evomerge.recipe import Recipe, Rule
+
+
+class Builder:
+    """One buffer at fixed addresses, shape (manifest.elements,), and what is in it."""
+
+    def __init__(self, bank: Bank, dtype: str) -> None:
+        """Allocate the buffer in a recipe's dtype on the bank's device; nothing is built yet."""
+        self.bank = bank
+        self.dtype = dtype
+        device = next(iter(bank.flat.values())).device
+        self.buffer = torch.zeros(bank.manifest.elements, dtype=TORCH_DTYPES[dtype], device=device)
+        self._sketches = Sketches()
+        self._built: dict[str, str] = {}
+
+    def views(self) -> Mapping[str, Tensor]:
+        """Tensor name -> its view of the buffer, in the tensor's shape."""
+        return {t.name: self.buffer[t.offset : t.offset + t.size].view(t.shape) for t in self.bank.manifest.tensors}
+
+    def build(self, recipe: Recipe) -> int:
+        """Write a canonical recipe's weights; returns how many blocks changed.
+
+        Raises BuildError where a weight is NaN or infinite; ValueError for another dtype than the buffer's.
+        """
+        if recipe.dtype != self.dtype:
+            raise ValueError(f"the buffer holds {self.dtype}, the recipe asks for {recipe.dtype}")
+        rules = recipe.blocks
+        changed: dict[str, Tensor] = {}
+        with torch.no_grad():
+            for name in self.bank.manifest.blocks:
+                key = _key(rules.get(name))
+                if self._built.get(name) == key:
+                    continue
+                self._built.pop(name, None)
+                changed[name] = self._write(name, rules.get(name))
+                self._built[name] = key
+        if changed and not bool(torch.isfinite(torch.stack(list(changed.values()))).all()):
+            sick = [n for n, h in changed.items() if not bool(torch.isfinite(h))]
+            for n in sick:
+                del self._built[n]
+            raise BuildError(f"NaN or infinite weights in {sick[0]}" + (f" and {len(sick) - 1} more" if sick[1:] else ""))
+        return len(changed)
+
+    def _write(self, block: str, rule: Rule | None) -> Tensor:
+        view = self.bank.view(block)
+        out = self.buffer[view.block.start : view.block.stop]
+        if rule is None:
+            out.copy_(view.base)
+            return view.base.float().sum() * 0.0
+        return apply(out, view, rule, self._sketches)
+
+
+def _key(rule: Rule | None) -> str:
+    if rule is None:
+        return "base"
+    return canonical_json([rule.method, dict(rule.params), {s: dict(c) for s, c in rule.sources.items()}])

@@ -1,0 +1,78 @@
+"""Typed reading of strangers' data: pydantic's errors turned into one line that names the nearest key."""
+
+from __future__ import annotations
+
+import types
+import typing
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from evomerge.errors import UserError, nearest
+
+T = TypeVar("T", bound=BaseModel)
+
+
+def validated(model: type[T], data: Any, where: str) -> T:
+    """Validate plain data. Raises UserError: `where`, the field's path, the rule, the value that came."""
+    if not isinstance(data, dict):
+        raise UserError(f"{where}: expected a mapping of keys, got {type(data).__name__}")
+    try:
+        return model.model_validate(data)
+    except ValidationError as e:
+        raise UserError(f"{where}: {_first_line(model, e)}") from None
+    except RecursionError:
+        raise UserError(f"{where}: nested too deeply") from None
+
+
+def _first_line(model: type[BaseModel], error: ValidationError) -> str:
+    # Unknown keys first: a misspelt key usually causes the other complaints.
+    errors = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    first = errors[0]
+    at = ".".join(str(p) for p in first["loc"] if not _is_tag(p))
+    if first["type"] == "extra_forbidden":
+        known = _fields_at(model, first["loc"][:-1])
+        key = str(first["loc"][-1])
+        return f"unknown key {at!r}{nearest(key, known)}"
+    if first["type"] == "missing":
+        return f"the key {at!r} is missing"
+    message = first["msg"].removeprefix("Value error, ")
+    got = "" if "got" in message or isinstance(first["input"], dict | list) else f", got {first['input']!r}"
+    text = f"{at}: {message}{got}" if at else f"{message}{got}"
+    return " ".join(text.split())[:400]
+
+
+def _is_tag(part: Any) -> bool:
+    """pydantic puts the tried member of a union into the path; people do not know those names."""
+    return isinstance(part, str) and (part[:1].isupper() or "[" in part or part in {"str", "int", "float", "literal"})
+
+
+def _fields_at(model: type[BaseModel], path: tuple[Any, ...]) -> set[str]:
+    """Names (aliases) of the fields of the model that stands at `path`; empty where there is none."""
+    here: list[Any] = [model]
+    for part in path:
+        found = [
+            m
+            for t in here
+            if isinstance(t, type) and issubclass(t, BaseModel)
+            for name, field in t.model_fields.items()
+            if part in (name, field.alias)
+            for m in _members(field.annotation)
+        ]
+        # Positions in lists, keys of mappings and union tags are no fields: stay where we are.
+        here = found or here
+    out: set[str] = set()
+    for t in here:
+        if isinstance(t, type) and issubclass(t, BaseModel):
+            out |= {f.alias or n for n, f in t.model_fields.items()}
+    return out
+
+
+def _members(annotation: Any) -> list[Any]:
+    """The model classes an annotation may hold: through unions, Annotated, mappings and sequences."""
+    origin = typing.get_origin(annotation)
+    if origin is None:
+        return [annotation]
+    if origin in (typing.Union, types.UnionType, typing.Annotated, dict, list, tuple) or isinstance(origin, type):
+        return [m for a in typing.get_args(annotation) for m in _members(a)]
+    return []

@@ -1,0 +1,329 @@
+"""Multiple choice by log-likelihood, compiled.
+
+The usual way runs every (context, choice) pair as a padded sequence and computes logits at all positions.
+Here the tokens that all contexts share (few-shot examples) are run once per candidate and kept as keys and
+values, every context is run once with its choices as branches behind it (a 4-D attention mask and explicit
+position ids, on stock transformers models), and only rows that predict an answer token reach the LM head.
+The numbers are the same: checked against plain transformers in fp32.
+
+Tokenisation is lm-evaluation-harness's: encode(context + choice) split behind len(encode(context)).
+
+Columns, one value per item (s_c is the summed log-probability of choice c, in nats):
+  accuracy       1 where s is largest at the right choice (the first one wins a tie)
+  accuracy_norm  the same with s_c divided by the characters of the choice
+  probability    softmax of s over the choices, at the right one
+  cross_entropy  minus its logarithm
+  answer_loss    minus s of the right choice per token
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from evomerge.errors import UserError
+from evomerge.score.plan import ChoiceTree, Plan, PlanShape
+from evomerge.score.tasks import SPLITS, Item, TaskSpec
+
+MIN_PREFIX = 16
+"""Tokens. A shorter common prefix is cheaper to run with every item than to keep as keys and values."""
+
+
+class NonFinite(RuntimeError):
+    """The model's logits are NaN or infinite."""
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Trees padded to one length, ready for the device. Shapes: B rows, L tokens, P prefix tokens, R answer
+    rows, T targets at most per choice, C choices over the whole batch."""
+
+    tokens: Tensor  # (B, L)
+    positions: Tensor  # (B, L)
+    mask: Tensor  # (B, 1, L, P + L), additive
+    answers: Tensor  # (R,) into B * L
+    pick_rows: Tensor  # (C, T) into R
+    pick_tokens: Tensor  # (C, T)
+    pick_valid: Tensor  # (C, T) bool
+    counts: tuple[int, ...]  # choices of each item
+    order: tuple[int, ...]  # where each item stands in the caller's order
+
+
+class MultipleChoice:
+    """Scorer of the kind `multiple_choice`."""
+
+    def __init__(self) -> None:
+        self._prepared: dict[tuple[str, tuple[int, ...]], tuple[_Batch, ...]] = {}
+
+    # -- compile ------------------------------------------------------------------------------------------
+
+    def compile(self, spec: TaskSpec, items: tuple[Item, ...], tokenizer: Any, limit: int, shape: PlanShape) -> Plan:
+        """Tokenise and lay out every item.
+
+        `limit` is the model's context length in tokens. Raises UserError naming the item where a choice
+        adds no token, where an item is longer than the limit, or where there is no end-of-text token to
+        close choices with.
+        """
+        closing: list[int] = []
+        if spec.end_of_text:
+            if tokenizer.eos_token_id is None:
+                raise UserError(f"task {spec.name!r}: end_of_text is set, but the tokenizer has no end-of-text token")
+            closing = [int(tokenizer.eos_token_id)]
+        contexts, answers = [], []
+        for item in items:
+            context, choices = _encode(tokenizer, spec.prefix + item.prompt, item, closing)
+            if not context:
+                raise UserError(f"{item.where}: the prompt is empty and the tokenizer adds no token in front")
+            longest = len(context) + max(len(c) for c in choices)
+            if longest > limit:
+                raise UserError(f"{item.where}: {longest} tokens with its longest choice; the model takes {limit}")
+            contexts.append(context)
+            answers.append(choices)
+        shared = _common_prefix(contexts)
+        shared = shared if shared >= MIN_PREFIX else 0
+        trees = tuple(
+            _tree(c[shared:], a, shared, item.gold)
+            for c, a, item in zip(contexts, answers, items, strict=True)
+        )
+        # Character counts normalise scores; they are not in the tokens.
+        trees = tuple(
+            dataclasses.replace(t, lengths=tuple(len(c) for c in i.choices)) for t, i in zip(trees, items, strict=True)
+        )
+        return Plan(
+            task=spec.name,
+            kind=spec.kind,
+            shape=shape,
+            prefix=np.array(contexts[0][:shared], dtype=np.int32),
+            trees=trees,
+            item_ids=tuple(i.id for i in items),
+            splits={s: tuple(n for n, i in enumerate(items) if i.split == s) for s in SPLITS},
+        )
+
+    # -- score --------------------------------------------------------------------------------------------
+
+    def score(self, model: Any, plan: Plan, positions: tuple[int, ...]) -> Mapping[str, NDArray[np.float32]]:
+        """All columns for the items at `positions` of the plan. Raises NonFinite on NaN logits."""
+        sums = self.choice_logprobs(model, plan, positions)
+        return columns(sums, [plan.trees[i] for i in positions])
+
+    def choice_logprobs(self, model: Any, plan: Plan, positions: tuple[int, ...]) -> list[NDArray[np.float64]]:
+        """Per item the summed log-probability of every choice, shape (n_choices,), in nats."""
+        key = (plan.id, positions)
+        if key not in self._prepared:
+            if len(self._prepared) >= 16:
+                self._prepared.clear()
+            self._prepared[key] = tuple(_batches(model, plan, positions))
+        out: list[NDArray[np.float64]] = [np.empty(0)] * len(positions)
+        with torch.inference_mode():
+            past = _prefix_cache(model, plan)
+            for batch in self._prepared[key]:
+                sums = _run(model, batch, past).double().cpu().numpy()
+                if not np.isfinite(sums).all():
+                    raise NonFinite(f"task {plan.task!r}: log-probabilities are NaN or infinite")
+                at = 0
+                for n, place in zip(batch.counts, batch.order, strict=True):
+                    out[place] = sums[at : at + n]
+                    at += n
+        return out
+
+
+def columns(sums: Sequence[NDArray[np.float64]], trees: Sequence[ChoiceTree]) -> dict[str, NDArray[np.float32]]:
+    """The metric columns (module docstring) from summed log-probabilities; each of shape (n_items,)."""
+    rows = []
+    for s, tree in zip(sums, trees, strict=True):
+        norm = s / np.array(tree.lengths)
+        log_p = s[tree.gold] - (s.max() + np.log(np.exp(s - s.max()).sum()))
+        tokens = int(np.count_nonzero(tree.owners == tree.gold))
+        rows.append(
+            (
+                float(int(np.argmax(s)) == tree.gold),
+                float(int(np.argmax(norm)) == tree.gold),
+                float(np.exp(log_p)),
+                float(-log_p),
+                float(-s[tree.gold] / tokens),
+            )
+        )
+    table = np.array(rows, dtype=np.float32).reshape(-1, 5)
+    names = ("accuracy", "accuracy_norm", "probability", "cross_entropy", "answer_loss")
+    return {n: np.ascontiguousarray(table[:, i]) for i, n in enumerate(names)}
+
+
+def _encode(tokenizer: Any, context: str, item: Item, closing: list[int]) -> tuple[list[int], list[list[int]]]:
+    """lm-eval's pair encoding: trailing blanks of the context belong to the choice."""
+    stripped = context.rstrip()
+    blanks = context[len(stripped) :]
+    ids: list[int] = list(tokenizer(stripped)["input_ids"])
+    choices = []
+    for text in item.choices:
+        whole: list[int] = list(tokenizer(stripped + blanks + text)["input_ids"])
+        answer = whole[len(ids) :] + closing
+        if len(whole) <= len(ids):
+            raise UserError(f"{item.where}: the choice {text!r} adds no token to the prompt")
+        choices.append(answer)
+    return ids, choices
+
+
+def _common_prefix(rows: Sequence[Sequence[int]]) -> int:
+    """Length of the longest common prefix that leaves every row at least one token."""
+    first, last = min(rows), max(rows)
+    n = 0
+    while n < min(len(first), len(last)) and first[n] == last[n]:
+        n += 1
+    return min(n, min(len(r) for r in rows) - 1)
+
+
+def _tree(context: Sequence[int], choices: Sequence[Sequence[int]], offset: int, gold: int) -> ChoiceTree:
+    """Lay one item out: context tokens, then each choice without its last token, which is only predicted."""
+    tokens = list(context)
+    positions = list(range(offset, offset + len(context)))
+    segments = [0] * len(context)
+    rows, targets, owners = [], [], []
+    end = len(context) - 1
+    for c, choice in enumerate(choices):
+        at = end
+        for step, token in enumerate(choice):
+            rows.append(at)
+            targets.append(token)
+            owners.append(c)
+            if step < len(choice) - 1:
+                at = len(tokens)
+                tokens.append(token)
+                positions.append(offset + len(context) + step)
+                segments.append(c + 1)
+    ints = [np.array(x, dtype=np.int32) for x in (tokens, positions, segments, rows, targets, owners)]
+    return ChoiceTree(*ints, lengths=(), gold=gold)
+
+
+def _batches(model: Any, plan: Plan, positions: tuple[int, ...]) -> Iterator[_Batch]:
+    """Items by length, so that a batch pads little; ties by position, so that the order is fixed."""
+    order = sorted(range(len(positions)), key=lambda i: (len(plan.trees[positions[i]].tokens), positions[i]))
+    group: list[int] = []
+    for i in order:
+        length = len(plan.trees[positions[i]].tokens)
+        if group and length * (len(group) + 1) > plan.shape.batch_tokens:
+            yield _batch(model, plan, positions, group)
+            group = []
+        group.append(i)
+    if group:
+        yield _batch(model, plan, positions, group)
+
+
+def _batch(model: Any, plan: Plan, positions: tuple[int, ...], group: list[int]) -> _Batch:
+    trees = [plan.trees[positions[i]] for i in group]
+    b, length = len(trees), max(len(t.tokens) for t in trees)
+    tokens = np.zeros((b, length), dtype=np.int64)
+    place = np.zeros((b, length), dtype=np.int64)
+    segment = np.full((b, length), -1, dtype=np.int64)  # padding sees padding only
+    answers: dict[int, int] = {}
+    picks: list[list[tuple[int, int]]] = []
+    for r, t in enumerate(trees):
+        n = len(t.tokens)
+        tokens[r, :n], place[r, :n], segment[r, :n] = t.tokens, t.positions, t.segments
+        mine: list[list[tuple[int, int]]] = [[] for _ in t.lengths]
+        for row, target, owner in zip(t.rows, t.targets, t.owners, strict=True):
+            flat = answers.setdefault(r * length + int(row), len(answers))
+            mine[int(owner)].append((flat, int(target)))
+        picks += mine
+    width = max(len(p) for p in picks)
+    pick = np.zeros((2, len(picks), width), dtype=np.int64)
+    valid = np.zeros((len(picks), width), dtype=bool)
+    for c, p in enumerate(picks):
+        pick[:, c, : len(p)] = np.array(p).T
+        valid[c, : len(p)] = True
+    weight = next(model.parameters())
+    device = weight.device
+    return _Batch(
+        tokens=torch.from_numpy(tokens).to(device),
+        positions=torch.from_numpy(place).to(device),
+        mask=_mask(model.config, segment, place, len(plan.prefix)).to(device, weight.dtype),
+        answers=torch.tensor(list(answers), device=device),
+        pick_rows=torch.from_numpy(pick[0]).to(device),
+        pick_tokens=torch.from_numpy(pick[1]).to(device),
+        pick_valid=torch.from_numpy(valid).to(device),
+        counts=tuple(len(t.lengths) for t in trees),
+        order=tuple(group),
+    )
+
+
+def _mask(config: Any, segment: NDArray[np.int64], place: NDArray[np.int64], prefix: int) -> Tensor:
+    """Additive mask (B, 1, L, P + L): a token sees the prefix, its item's context and its own branch, causally."""
+    length = segment.shape[1]
+    causal = np.tril(np.ones((length, length), dtype=bool))
+    query, key = segment[:, :, None], segment[:, None, :]
+    allowed = causal & ((query == key) | ((key == 0) & (query >= 0)))
+    allowed = np.concatenate([np.ones((*segment.shape, prefix), dtype=bool), allowed], axis=2)
+    window = _window(config)
+    if window is not None:
+        columns = np.broadcast_to(np.arange(prefix), (segment.shape[0], prefix))
+        keys = np.concatenate([columns, place], axis=1)
+        allowed &= place[:, :, None] - keys[:, None, :] < window
+    mask = torch.zeros(allowed.shape, dtype=torch.float32)
+    mask.masked_fill_(~torch.from_numpy(allowed), torch.finfo(torch.float16).min)
+    return mask[:, None]
+
+
+def _window(config: Any) -> int | None:
+    """Sliding attention window in tokens, where all layers have one."""
+    if getattr(config, "use_sliding_window", True) is False:
+        return None
+    window = getattr(config, "sliding_window", None)
+    return None if window is None else int(window)
+
+
+def _prefix_cache(model: Any, plan: Plan) -> Any:
+    """Keys and values of the shared prefix, batch size 1, or None."""
+    if not len(plan.prefix):
+        return None
+    from transformers import DynamicCache
+
+    device = next(model.parameters()).device
+    cache = DynamicCache()
+    # Everything below the head: the prefix predicts nothing that is scored.
+    model.base_model(
+        input_ids=torch.from_numpy(plan.prefix.astype(np.int64))[None].to(device), past_key_values=cache, use_cache=True
+    )
+    return cache
+
+
+def _expanded(cache: Any, rows: int) -> Any:
+    """A cache of its own for one batch: the prefix's keys and values seen by every row."""
+    from transformers import DynamicCache
+
+    out = DynamicCache()
+    for i, layer in enumerate(cache.layers):
+        out.update(layer.keys.expand(rows, -1, -1, -1), layer.values.expand(rows, -1, -1, -1), i)
+    return out
+
+
+def _run(model: Any, batch: _Batch, past: Any) -> Tensor:
+    """Summed log-probability of every choice of the batch, shape (C,), fp32."""
+
+    def answer_rows(_module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        # Through the head go only rows that predict an answer token; what the model does to logits
+        # behind its head (scaling, soft caps) is elementwise and stays the model's own.
+        hidden = args[0]
+        return (hidden.reshape(-1, hidden.shape[-1])[batch.answers][None], *args[1:])
+
+    head = model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(answer_rows)
+    try:
+        logits = model(
+            input_ids=batch.tokens,
+            attention_mask=batch.mask,
+            position_ids=batch.positions,
+            past_key_values=None if past is None else _expanded(past, len(batch.tokens)),
+            use_cache=past is not None,
+        ).logits[0]
+    finally:
+        hook.remove()
+    logits = logits.float()
+    total = logits.logsumexp(dim=-1)
+    picked = logits[batch.pick_rows, batch.pick_tokens] - total[batch.pick_rows]
+    return torch.where(batch.pick_valid, picked, 0.0).sum(dim=-1)

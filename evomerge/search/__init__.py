@@ -1,0 +1,60 @@
+"""Search algorithms. One algorithm, one file, beside its paper; a new one is that file and one line here."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from evomerge.errors import UserError, nearest
+from evomerge.search.base import Ids, Optimizer, Start
+from evomerge.space import Axis
+
+
+class Algorithm(NamedTuple):
+    """Where an algorithm is (module:class; its `Options` stand beside it) and one line about it."""
+
+    where: str
+    about: str
+
+
+ALGORITHMS: Mapping[str, Algorithm] = {
+    "cma-es": Algorithm("evomerge.search.cmaes:CmaEs", "covariance matrix adaptation, restarts with doubled population"),
+    "random": Algorithm("evomerge.search.random_search:RandomSearch", "uniform points: the baseline to beat"),
+}
+
+
+def _module(algorithm: str) -> Any:
+    if algorithm not in ALGORITHMS:
+        raise UserError(f"unknown algorithm {algorithm!r}{nearest(algorithm, ALGORITHMS)}")
+    return importlib.import_module(ALGORITHMS[algorithm].where.partition(":")[0])
+
+
+def make_options(algorithm: str, settings: Mapping[str, Any]) -> Any:
+    """The algorithm's options from the experiment's settings. Raises UserError for unknown or wrong ones."""
+    options = _module(algorithm).Options
+    fields = {f.name: f for f in dataclasses.fields(options)}
+    for name, value in settings.items():
+        if name not in fields:
+            raise UserError(f"search: {algorithm} has no setting {name!r}{nearest(name, fields)}")
+        wants_int = "int" in str(fields[name].type)
+        if isinstance(value, bool) or not isinstance(value, int if wants_int else int | float):
+            raise UserError(f"search: {name} should be {'a whole number' if wants_int else 'a number'}, got {value!r}")
+    try:
+        return options(**settings)
+    except ValueError as e:
+        raise UserError(f"search: {e}") from None
+
+
+def make_optimizer(
+    algorithm: str, axes: Sequence[Axis], start: Start, rng: np.random.Generator, ids: Ids, options: Any
+) -> Optimizer:
+    """An optimizer by name. Raises UserError for an unknown name or axes that it cannot search."""
+    cls = getattr(_module(algorithm), ALGORITHMS[algorithm].where.partition(":")[2])
+    for axis in axes:
+        if axis.kind not in cls.needs.axis_kinds:
+            raise UserError(f"search: {algorithm} cannot search the {axis.kind} axis {axis.name!r}")
+    return cls(axes, start, rng, ids, options)  # type: ignore[no-any-return]

@@ -1,0 +1,60 @@
+"""The ask/tell seam. Optimizers see vectors, losses and item ids; they know nothing of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from evomerge.proposal import Genome, Proposal, Result
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What an optimizer asks of the driver.
+
+    `scope`: within which set of proposals losses must be comparable (scored on the same items).
+    """
+
+    objectives: Literal["one", "several"] = "one"
+    axis_kinds: frozenset[str] = frozenset({"float", "int", "categorical"})
+    per_item_scores: bool = False
+    scope: Literal["generation", "archive"] = "generation"
+
+
+class Optimizer(Protocol):
+    """Proposes and learns. `ask` and `tell` may be called from a plain loop:
+
+        while not opt.stop():
+            for p in opt.ask(100):
+                opt.tell(p, Result(losses=np.array([f(p.genome)])))
+    """
+
+    needs: Needs
+
+    def ask(self, n: int) -> list[Proposal]:
+        """0 to n proposals; an empty list means that tells are awaited."""
+        ...
+
+    def tell(self, p: Proposal, r: Result) -> None:
+        """Report one result, in proposal order. Failed results have loss +inf."""
+        ...
+
+    def stop(self) -> Mapping[str, float]:
+        """Reasons to stop with their values; empty while running."""
+        ...
+
+    def recommend(self, k: int) -> list[Proposal]:
+        """At most k answers that deserve scoring in full, for example the distribution's mean."""
+        ...
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a search begins: a point of the unit cube."""
+
+    genome: Genome
+
+
+Ids = Iterator[int]
+"""Numbers proposals; shared by all optimizers of a run."""

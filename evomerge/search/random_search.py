@@ -1,0 +1,81 @@
+"""Random search: independent uniform points of the unit cube. The baseline that every search must beat.
+
+Bergstra and Bengio 2012, "Random Search for Hyper-Parameter Optimization", JMLR 13.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from evomerge.proposal import Proposal, Result, frozen_genome
+from evomerge.search.base import Ids, Needs, Start
+from evomerge.space import Axis
+
+
+@dataclass(frozen=True)
+class Options:
+    """Settings of the experiment file."""
+
+    population: int = 16
+    """Proposals per generation; only groups them, as nothing is learned."""
+
+    def __post_init__(self) -> None:
+        if self.population < 1:
+            raise ValueError(f"population: `population >= 1` must hold, but got {self.population}")
+
+
+class RandomSearch:
+    """Uniform proposals; the first one is the start. Recommends the best seen."""
+
+    needs = Needs()
+
+    def __init__(
+        self, axes: Sequence[Axis], start: Start, rng: np.random.Generator, ids: Ids, options: Options | None = None
+    ) -> None:
+        self._n = len(axes)
+        self._start: Start | None = start
+        self._rng = rng
+        self._ids = ids
+        self._population = (options or Options()).population
+        self._group = -1
+        self._left = 0
+        self._waiting: set[int] = set()
+        self._best: tuple[float, Proposal] | None = None
+
+    def ask(self, n: int) -> list[Proposal]:
+        """Up to n points of the current generation, uniform in [0, 1)^n_axes."""
+        if self._left == 0:
+            if self._waiting:
+                return []
+            self._group += 1
+            self._left = self._population
+        out = []
+        for _ in range(min(n, self._left)):
+            if self._start is not None:
+                genome, self._start = self._start.genome, None
+            else:
+                genome = frozen_genome(self._rng.random(self._n))
+            out.append(Proposal(next(self._ids), self._group, genome=genome))
+        self._left -= len(out)
+        self._waiting.update(p.id for p in out)
+        return out
+
+    def tell(self, p: Proposal, r: Result) -> None:
+        """Remember the best. Raises ValueError for a proposal that was not asked or was told already."""
+        if p.id not in self._waiting:
+            raise ValueError(f"proposal {p.id} was told but is not waiting; was it returned by ask()?")
+        self._waiting.remove(p.id)
+        if math.isfinite(r.loss) and (self._best is None or r.loss < self._best[0]):
+            self._best = (r.loss, p)
+
+    def stop(self) -> Mapping[str, float]:
+        """Never by itself: the budget ends a random search."""
+        return {}
+
+    def recommend(self, k: int) -> list[Proposal]:
+        """Nothing that has not been scored already: the best seen is among the driver's candidates."""
+        return []
