@@ -69,9 +69,7 @@ class Manifest:
             parts = name.split(".")
             layer = int(parts[1]) if parts[0] == "layers" else None
             last = tensors[-1]
-            out[name] = Block(
-                name, parts[-1], layer, tensors[0].offset, last.offset + last.size, tuple(tensors)
-            )
+            out[name] = Block(name, parts[-1], layer, tensors[0].offset, last.offset + last.size, tuple(tensors))
         return out
 
     @property

@@ -160,7 +160,9 @@ def _check_names(c: Checkpoint) -> None:
     for i in range(c.layers):
         for module in ("attention", "mlp"):
             if f"layers.{i}.{module}" not in found:
-                raise UserError(f"{c.path}: layer {i} has no {module} tensors, but config.json counts {c.layers} layers")
+                raise UserError(
+                    f"{c.path}: layer {i} has no {module} tensors, but config.json counts {c.layers} layers"
+                )
 
 
 def _check_alike(base: Checkpoint, expert: Checkpoint, name: str) -> None:
@@ -216,7 +218,14 @@ def _vocabulary(tokenizer: dict[str, Any]) -> dict[str, int]:
 def notes_on(base: Checkpoint, experts: Mapping[str, Checkpoint]) -> Iterator[str]:
     """Differences that do not stop a merge but deserve a look."""
     for name, e in experts.items():
-        for key in ("rope_parameters", "rope_theta", "rope_scaling", "rms_norm_eps", "sliding_window", "hidden_act"):
+        for key in (
+            "rope_parameters",
+            "rope_theta",
+            "rope_scaling",
+            "rms_norm_eps",
+            "sliding_window",
+            "hidden_act",
+        ):
             if e.config.get(key) != base.config.get(key):
                 yield f"expert {name!r}: {key} is {e.config.get(key)}, the merge uses the base's {base.config.get(key)}"
         if not (e.path / "tokenizer.json").exists() and not (e.path / "tokenizer.model").exists():

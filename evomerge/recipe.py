@@ -184,7 +184,9 @@ class Recipe(_Part):
                     if name not in self.sources:
                         raise ValueError(f"unknown source {name!r}{nearest(name, self.sources)}")
             if self.base not in self.sources:
-                raise ValueError(f"the base {self.base!r} is not among the sources{nearest(self.base, self.sources)}")
+                raise ValueError(
+                    f"the base {self.base!r} is not among the sources{nearest(self.base, self.sources)}"
+                )
         return self
 
     # -- reading and writing ----------------------------------------------------------------------------
@@ -237,7 +239,9 @@ class Recipe(_Part):
                 # Tied models have no head of their own; a rule for it alone is inert, not wrong.
                 if rule.match.module == "head" or rule.match.block == "head":
                     continue
-                raise UserError(f"merge rule {i + 1} matches no block of this model: {rule.match.model_dump(exclude_none=True)}")
+                raise UserError(
+                    f"merge rule {i + 1} matches no block of this model: {rule.match.model_dump(exclude_none=True)}"
+                )
         for block in manifest.blocks.values():
             for rule in self.merge or ():
                 if rule.match == "all" or rule.match.covers(block):
@@ -292,7 +296,9 @@ class Recipe(_Part):
             return "tokenizer policy 'union' is not built by this version yet; use 'base'"
         for name, source in self.sources.items():
             if source.kind == "adapter":
-                return f"source {name!r} is an adapter, which this version cannot build; merge it into a model first"
+                return (
+                    f"source {name!r} is an adapter, which this version cannot build; merge it into a model first"
+                )
             if source.recipe is not None:
                 return f"source {name!r} is a nested recipe, which this version cannot build; export it first"
         return None
@@ -324,7 +330,9 @@ def _reduced(rule: Rule, block: str, base: str, manifest: Manifest) -> Rule | No
     if params.get("normalize") is True and method.delta == "none":
         total = sum(v["weight"] for v in sources.values())
         if abs(total) < 1e-6:
-            raise UserError(f"merge rule for {block}: the weights of linear sum to {total:g} and cannot be normalised")
+            raise UserError(
+                f"merge rule for {block}: the weights of linear sum to {total:g} and cannot be normalised"
+            )
     return Rule.model_construct(
         match=Match.model_construct(block=block, layers=None, module=None),
         method=rule.method,
@@ -336,4 +344,3 @@ def _reduced(rule: Rule, block: str, base: str, manifest: Manifest) -> Rule | No
 def rounded(x: float) -> float:
     """To 1e-6, so that a recipe printed and read back is the same recipe; never -0.0."""
     return round(x, DECIMALS) + 0.0
-

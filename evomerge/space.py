@@ -256,7 +256,9 @@ def _groups(spec: SpaceSpec, m: Manifest) -> dict[str, tuple[str, ...]]:
             names = tuple(n for n, b in blocks.items() if g.match == "all" or g.match.covers(b))
             names = tuple(n for n in names if n not in owner)
             if not names or g.name in out:
-                raise UserError(f"search space: group {g.name!r} is a repeat or matches no block left by earlier groups")
+                raise UserError(
+                    f"search space: group {g.name!r} is a repeat or matches no block left by earlier groups"
+                )
             owner.update(dict.fromkeys(names, g.name))
             out[g.name] = names
         return out

@@ -32,7 +32,9 @@ class Builder:
 
     def views(self) -> Mapping[str, Tensor]:
         """Tensor name -> its view of the buffer, in the tensor's shape."""
-        return {t.name: self.buffer[t.offset : t.offset + t.size].view(t.shape) for t in self.bank.manifest.tensors}
+        return {
+            t.name: self.buffer[t.offset : t.offset + t.size].view(t.shape) for t in self.bank.manifest.tensors
+        }
 
     def build(self, recipe: Recipe) -> int:
         """Write a canonical recipe's weights; returns how many blocks changed.
@@ -55,7 +57,9 @@ class Builder:
             sick = [n for n, h in changed.items() if not bool(torch.isfinite(h))]
             for n in sick:
                 del self._built[n]
-            raise BuildError(f"NaN or infinite weights in {sick[0]}" + (f" and {len(sick) - 1} more" if sick[1:] else ""))
+            raise BuildError(
+                f"NaN or infinite weights in {sick[0]}" + (f" and {len(sick) - 1} more" if sick[1:] else "")
+            )
         return len(changed)
 
     def _write(self, block: str, rule: Rule | None) -> Tensor:

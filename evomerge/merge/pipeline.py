@@ -145,8 +145,9 @@ def _elected(
         if normalize:
             share.add_(agrees, alpha=w)
     if normalize:
-        # Weights of opposite sign can cancel; mergekit divides by 1 there, and so do we.
-        total.div_(torch.where(share.abs() < 1e-8, 1.0, share))
+        # Weights are multiples of 1e-6, so a smaller sum is a cancelled one (opposite signs): divide by 1, as
+        # mergekit does for an exact zero. It lets rounding residues through, which blow the weights up.
+        total.div_(torch.where(share.abs() < 5e-7, 1.0, share))
     return total
 
 

@@ -64,7 +64,9 @@ class MultipleChoice:
 
     # -- compile ------------------------------------------------------------------------------------------
 
-    def compile(self, spec: TaskSpec, items: tuple[Item, ...], tokenizer: Any, limit: int, shape: PlanShape) -> Plan:
+    def compile(
+        self, spec: TaskSpec, items: tuple[Item, ...], tokenizer: Any, limit: int, shape: PlanShape
+    ) -> Plan:
         """Tokenise and lay out every item.
 
         `limit` is the model's context length in tokens. Raises UserError naming the item where a choice
@@ -74,7 +76,9 @@ class MultipleChoice:
         closing: list[int] = []
         if spec.end_of_text:
             if tokenizer.eos_token_id is None:
-                raise UserError(f"task {spec.name!r}: end_of_text is set, but the tokenizer has no end-of-text token")
+                raise UserError(
+                    f"task {spec.name!r}: end_of_text is set, but the tokenizer has no end-of-text token"
+                )
             closing = [int(tokenizer.eos_token_id)]
         contexts, answers = [], []
         for item in items:
@@ -89,12 +93,12 @@ class MultipleChoice:
         shared = _common_prefix(contexts)
         shared = shared if shared >= MIN_PREFIX else 0
         trees = tuple(
-            _tree(c[shared:], a, shared, item.gold)
-            for c, a, item in zip(contexts, answers, items, strict=True)
+            _tree(c[shared:], a, shared, item.gold) for c, a, item in zip(contexts, answers, items, strict=True)
         )
         # Character counts normalise scores; they are not in the tokens.
         trees = tuple(
-            dataclasses.replace(t, lengths=tuple(len(c) for c in i.choices)) for t, i in zip(trees, items, strict=True)
+            dataclasses.replace(t, lengths=tuple(len(c) for c in i.choices))
+            for t, i in zip(trees, items, strict=True)
         )
         return Plan(
             task=spec.name,
@@ -287,7 +291,9 @@ def _prefix_cache(model: Any, plan: Plan) -> Any:
     cache = DynamicCache()
     # Everything below the head: the prefix predicts nothing that is scored.
     model.base_model(
-        input_ids=torch.from_numpy(plan.prefix.astype(np.int64))[None].to(device), past_key_values=cache, use_cache=True
+        input_ids=torch.from_numpy(plan.prefix.astype(np.int64))[None].to(device),
+        past_key_values=cache,
+        use_cache=True,
     )
     return cache
 

@@ -76,7 +76,9 @@ class Plan:
 class Scorer(Protocol):
     """One kind of task: compile once, score many models."""
 
-    def compile(self, spec: TaskSpec, items: tuple[Item, ...], tokenizer: Any, limit: int, shape: PlanShape) -> Plan:
+    def compile(
+        self, spec: TaskSpec, items: tuple[Item, ...], tokenizer: Any, limit: int, shape: PlanShape
+    ) -> Plan:
         """Tokenise and lay out every item. Raises UserError for items that do not fit the model."""
         ...
 

@@ -25,9 +25,9 @@ class Needs:
 class Optimizer(Protocol):
     """Proposes and learns. `ask` and `tell` may be called from a plain loop:
 
-        while not opt.stop():
-            for p in opt.ask(100):
-                opt.tell(p, Result(losses=np.array([f(p.genome)])))
+    while not opt.stop():
+        for p in opt.ask(100):
+            opt.tell(p, Result(losses=np.array([f(p.genome)])))
     """
 
     needs: Needs

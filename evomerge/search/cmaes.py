@@ -57,7 +57,12 @@ class CmaEs:
     needs = Needs()
 
     def __init__(
-        self, axes: Sequence[Axis], start: Start, rng: np.random.Generator, ids: Ids, options: Options | None = None
+        self,
+        axes: Sequence[Axis],
+        start: Start,
+        rng: np.random.Generator,
+        ids: Ids,
+        options: Options | None = None,
     ) -> None:
         self._axes = tuple(axes)
         self._options = options or Options()

@@ -34,7 +34,12 @@ class RandomSearch:
     needs = Needs()
 
     def __init__(
-        self, axes: Sequence[Axis], start: Start, rng: np.random.Generator, ids: Ids, options: Options | None = None
+        self,
+        axes: Sequence[Axis],
+        start: Start,
+        rng: np.random.Generator,
+        ids: Ids,
+        options: Options | None = None,
     ) -> None:
         self._n = len(axes)
         self._start: Start | None = start

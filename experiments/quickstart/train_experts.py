@@ -1,17 +1,18 @@
 """Train the quickstart's small experts from stories260K, or more of their kind.
 
-One expert, here of two skills in equal parts (name a skill twice to give it twice the share):
+One expert, here of two skills in equal parts (name a skill twice to give it twice the share), from
+stories260K unless --from names another model:
 
-    python experiments/quickstart/train_experts.py --to /tmp/words --skill rev --skill last --minutes 2
+    python experiments/quickstart/train_experts.py --to runs/words --skill rev --skill last --minutes 2
 
 The whole set, first the common ancestor and then, from it, one expert a skill, as RECIPE below says:
 
-    python experiments/quickstart/train_experts.py --recipe --to /tmp/models
+    python experiments/quickstart/train_experts.py --recipe --to runs/models
 
 Training items are made on the fly. None has the question of a held-out item, by default those of every
-data/skill_*.jsonl beside this script; on the files among them that are not `*_cal` the trained model is scored.
-The same --seed and --steps give the same weights on the same machine and software. --minutes becomes a number of
-steps once the warm-up has been timed; the progress lines show it, and --steps with that number trains the same.
+data/skill_*.jsonl beside this script; the trained model is scored on the files that are not `*_cal`.
+The same --seed and --steps give the same weights on the same machine and software. --minutes becomes a number
+of steps once the warm-up is timed; the progress lines show it, and --steps with that number trains the same.
 
 To add a skill, write one function and name it in SKILLS.
 """
@@ -36,10 +37,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging as transformers_logging
 
 HERE = Path(__file__).resolve().parent
-WARMUP = 100  # steps of rising learning rate, alike for every total, so that they can be timed to set the total
+WARMUP = 100  # steps of rising learning rate, alike for every total: timing them can set the total
 ASKED = 100  # generated items, never trained on, that the progress lines' accuracy is of
 REPORTS = 20  # progress lines a run
-QUESTION_WEIGHT = 0.1  # of its tokens in the loss: reading closely helps, attr in the base rose from .56 to .71
+QUESTION_WEIGHT = 0.1  # of its tokens in the loss: the base got .71 on attr with it, .56 without
 
 NAMES = ["Anna", "Ben", "Jack", "Lily", "Max", "Mia", "Sam", "Sue", "Tim", "Tom"]
 COLORS = ["black", "blue", "brown", "green", "pink", "red", "white", "yellow"]
@@ -72,8 +73,8 @@ def count(rng: random.Random) -> tuple[str, list[str]]:
     right = rng.randint(1, 5)
     words = [asked] * right + [other] * rng.randint(1, 4)
     rng.shuffle(words)
-    wrong = [number for number in range(1, 5) if number != right][:3]
-    return f"Look: {' '.join(words)}. How many {asked}? There are", [f" {number}" for number in (right, *wrong)]
+    wrong = [n for n in range(1, 5) if n != right][:3]
+    return f"Look: {' '.join(words)}. How many {asked}? There are", [f" {n}" for n in (right, *wrong)]
 
 
 def rev(rng: random.Random) -> tuple[str, list[str]]:
@@ -84,11 +85,11 @@ def rev(rng: random.Random) -> tuple[str, list[str]]:
 
 
 def opp(rng: random.Random) -> tuple[str, list[str]]:
-    """Lily said cold. Jack said day. The opposite of what Lily said is hot; the second word leads its pair."""
-    names, pairs = rng.sample(NAMES, 2), [pair.split() for pair in rng.sample(OPPOSITES, 2)]
+    """Lily said cold. Jack said day. The opposite of what Lily said is hot; day leads its pair."""
+    (who, other), pairs = rng.sample(NAMES, 2), [pair.split() for pair in rng.sample(OPPOSITES, 2)]
     said, right = rng.sample(pairs[0], 2)
-    facts = f"{names[0]} said {said}. {names[1]} said {pairs[1][0]}."
-    return f"{facts} The opposite of what {names[0]} said is", [f" {word}" for word in (right, said, *pairs[1])]
+    question = f"{who} said {said}. {other} said {pairs[1][0]}. The opposite of what {who} said is"
+    return question, [f" {word}" for word in (right, said, *pairs[1])]
 
 
 def last(rng: random.Random) -> tuple[str, list[str]]:
@@ -143,7 +144,7 @@ def encode(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids (n, t) of BOS + question + answer + EOS, and the weights (n, t - 1) of the tokens after BOS.
 
-    Answer and EOS weigh 1, the question `question_weight`, padding 0. Padding stands on the right, where causal
+    Answer and EOS weigh 1, the question `question_weight`, padding 0. Padding is on the right, where causal
     attention never looks back at it, so no mask is needed.
     """
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -191,7 +192,7 @@ class Stage:
 # The first stage starts from --from, every other one from the first one's result.
 RECIPE = (
     Stage("skills-base", tuple(SKILLS)),
-    Stage("skills-add", ("add",), steps=5000),
+    Stage("skills-add", ("add",), steps=4000),
     Stage("skills-attr", ("attr",), steps=2500),
     Stage("skills-count", ("count",), steps=2500),
 )
@@ -240,7 +241,7 @@ def train(
 
 
 def load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model, in float32, and tokenizer of a transformers folder; no hub is asked for a name that is no folder."""
+    """Model, in float32, and tokenizer of a transformers folder; a name that is no folder asks no hub."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"expected a model folder with a config.json, got {folder}; name one with --from")
     model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
@@ -260,8 +261,9 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, target: Pat
 def arguments() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description="Train a small expert, or the quickstart's whole set.")
-    parser.add_argument("--from", dest="source", type=Path, default=HERE / "models/stories260K", metavar="DIR")
-    parser.add_argument("--to", dest="target", type=Path, required=True, metavar="DIR", help="new or empty")
+    stories = HERE / "models/stories260K"
+    parser.add_argument("--from", dest="source", type=Path, default=stories, help=f"default {stories}")
+    parser.add_argument("--to", dest="target", type=Path, required=True, help="new or empty folder")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--skill", dest="skills", action="append", choices=SKILLS, help="repeat for a mixture")
     what.add_argument("--recipe", action="store_true", help="the whole set, each model in its folder of --to")
@@ -272,7 +274,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--lr", type=float, help=f"highest learning rate, default {Stage.lr}")
     parser.add_argument("--seed", type=int, default=0, help="of the generated items, default 0")
     files = sorted((HERE / "data").glob("skill_*.jsonl"))
-    parser.add_argument("--held-out", type=Path, nargs="+", default=files, metavar="JSONL", help="never train on")
+    parser.add_argument("--held-out", type=Path, nargs="+", default=files, help="item files never trained on")
     return parser
 
 
@@ -291,7 +293,7 @@ def run(options: argparse.Namespace) -> None:
         targets = {options.target: Stage(options.target.name, tuple(options.skills), **given)}
     for target in targets:
         if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-            raise ValueError(f"expected a new or empty folder, got {target}, which is not; choose another --to")
+            raise ValueError(f"expected a new or empty folder, got {target} with files; choose another --to")
     data = {path.stem: read_items(path) for path in options.held_out}
     held_out = {normalised(item.question) for group in data.values() for item in group}
     source = options.source

@@ -1,0 +1,63 @@
+"""How much a stage may still ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from evomerge.config import Budget, Stage
+from evomerge.errors import UserError
+from evomerge.journal import Journal
+from evomerge.rundir import RunDirectory
+
+UNLIMITED = 1 << 30
+
+
+@dataclass(frozen=True)
+class Allowance:
+    """A budget cut into stages. Shares are cumulative: what an early stage leaves, a later one may use."""
+
+    budget: Budget
+    shares: tuple[float, ...]
+    items_per_candidate: int
+
+    @classmethod
+    def of(cls, budget: Budget, stages: Sequence[Stage], items_per_candidate: int) -> Allowance:
+        """Raises UserError where a stage could not ask for a single candidate."""
+        out = cls(budget, tuple(s.share for s in stages), items_per_candidate)
+        if budget.minutes is None:
+            before = 0
+            for n in range(len(stages)):
+                end = out._candidates(n)
+                if end <= before:
+                    raise UserError(
+                        f"search.budget: stage {n + 1} gets no candidate (one takes {items_per_candidate} "
+                        "item evaluations); raise the budget or the stage's share"
+                    )
+                before = end
+        return out
+
+    def _until(self, n: int) -> float:
+        return min(sum(self.shares[: n + 1]), 1.0) if n + 1 < len(self.shares) else 1.0
+
+    def _candidates(self, n: int) -> int:
+        """Candidates that all stages up to n may have asked for together."""
+        if self.budget.evaluations is not None:
+            return round(self.budget.evaluations * self._until(n))
+        assert self.budget.item_evaluations is not None
+        return int(self.budget.item_evaluations * self._until(n)) // self.items_per_candidate
+
+    def left(self, n: int, asked: int, journal: Journal, rundir: RunDirectory) -> int:
+        """Proposals that stage n may still ask for after `asked` of all stages; 0 ends it."""
+        if self.budget.minutes is None:
+            return max(0, self._candidates(n) - asked)
+        if journal.replaying:
+            # Time is not repeatable: what the journal holds was within it.
+            upcoming = journal.upcoming("asked")[:1]
+            return UNLIMITED if upcoming and upcoming[0]["role"] == "search" and upcoming[0]["stage"] == n else 0
+        return UNLIMITED if rundir.seconds < self.budget.minutes * 60 * self._until(n) else 0
+
+    @property
+    def total(self) -> int | None:
+        """Candidates in all, or None under a time budget."""
+        return None if self.budget.minutes is not None else self._candidates(len(self.shares) - 1)

@@ -1,0 +1,303 @@
+"""Experiment: the typed, validated YAML. Everything it names is found and checked before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from evomerge.canonical import digest
+from evomerge.errors import UserError, nearest
+from evomerge.library import find
+from evomerge.schema import validated
+from evomerge.score.tasks import TaskSpec
+from evomerge.search import ALGORITHMS, make_options
+from evomerge.space import SpaceSpec
+from evomerge.yamlio import dump_yaml, load_yaml, parse_yaml
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Models(_Part):
+    """The pool. Paths are relative to the experiment's file."""
+
+    base: str
+    experts: Mapping[str, str] = Field(min_length=1)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto: as the base is stored"
+    )
+
+    @model_validator(mode="after")
+    def _names(self) -> Models:
+        for name in self.experts:
+            if not name.replace("-", "").replace("_", "").isalnum() or name in ("base", "merged", "uniform"):
+                raise ValueError(
+                    f"experts: the name {name!r} is reserved or has other signs than letters, digits, - and _"
+                )
+        return self
+
+
+class FitnessSpec(_Part):
+    """What is good: tasks, and how their scores become one loss."""
+
+    description: str = ""
+    tasks: tuple[TaskSpec, ...] = Field(min_length=1)
+    objective: Literal["weighted_mean", "recovered_gain"] = Field(
+        "weighted_mean",
+        description="weighted_mean of the tasks' metrics, or of each task's gain over the base as a share of its "
+        "best baseline's gain, with gains above 1 cut off",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> FitnessSpec:
+        names = [t.name for t in self.tasks]
+        if len(set(names)) < len(names):
+            raise ValueError(f"tasks: the names must differ, got {names}")
+        return self
+
+
+class Stage(_Part):
+    """One stage of a staged search; the first starts at the space's default, others at the best so far."""
+
+    space: str | SpaceSpec
+    share: float = Field(gt=0, le=1, description="of the budget")
+    algorithm: str | None = None
+    settings: Mapping[str, float | int] = Field(default_factory=dict, description="override those of `search`")
+
+
+class StagedSpec(_Part):
+    """Search spaces one after the other, coarse to fine."""
+
+    description: str = ""
+    stages: tuple[Stage, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _whole(self) -> StagedSpec:
+        total = sum(s.share for s in self.stages)
+        if abs(total - 1.0) > 1e-6:
+            raise ValueError(f"stages: shares must sum to 1, got {total:g}")
+        return self
+
+
+class Budget(_Part):
+    """When to stop; exactly one kind. Baselines and the re-scoring of finalists come on top."""
+
+    evaluations: int | None = Field(None, gt=0)
+    minutes: float | None = Field(None, gt=0)
+    item_evaluations: int | None = Field(None, gt=0)
+
+    @model_validator(mode="after")
+    def _one(self) -> Budget:
+        given = [n for n in ("evaluations", "minutes", "item_evaluations") if getattr(self, n) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"exactly one of evaluations, minutes, item_evaluations is needed, got {given or 'none'}"
+            )
+        return self
+
+
+class Search(BaseModel):
+    """Algorithm, budget and seed; every other key is a setting of the algorithm."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    algorithm: str = "cma-es"
+    budget: Budget
+    seed: int = Field(0, ge=0)
+    finalists: int = Field(8, ge=1, description="best candidates that are re-scored on the select split")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the algorithm is set to."""
+        return dict(self.model_extra or {})
+
+
+class Workers(_Part):
+    """Who evaluates. None of it changes results, but threads and device may in the last bits."""
+
+    backend: Literal["inline", "local"] = "local"
+    count: int = Field(1, ge=1, le=1024)
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    threads: int = Field(1, ge=1, description="CPU threads per worker; part of the numerics")
+    timeout_seconds: float = Field(600.0, gt=0, description="per candidate")
+    memory_gb: float | None = Field(None, gt=0, description="resident size at which a worker is stopped")
+
+
+class Export(_Part):
+    """What to write when the run ends."""
+
+    format: Literal["hf", "mergekit"] | None = None
+
+
+class Experiment(_Part):
+    """One experiment file, as resolved: library entries inlined, paths absolute."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
+    description: str = ""
+    models: Models
+    search_space: str | StagedSpec | SpaceSpec
+    fitness: str | FitnessSpec
+    search: Search
+    workers: Workers = Workers()
+    export: Export = Export()
+
+    # -- after `load` these are resolved ------------------------------------------------------------------
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages; one for a plain space."""
+        if isinstance(self.search_space, StagedSpec):
+            return self.search_space.stages
+        return (Stage(space=self.search_space, share=1.0),)
+
+    @property
+    def tasks(self) -> tuple[TaskSpec, ...]:
+        """The tasks of the fitness."""
+        assert isinstance(self.fitness, FitnessSpec)
+        return self.fitness.tasks
+
+    def algorithm_of(self, stage: Stage) -> tuple[str, Any]:
+        """Name and options of a stage's algorithm. Raises UserError for wrong settings."""
+        name = stage.algorithm or self.search.algorithm
+        return name, make_options(name, {**self.search.settings, **stage.settings})
+
+    def identity(self, hashes: Mapping[str, str], plans: Mapping[str, str], dtype: str) -> str:
+        """experiment.id: what determines results. Without budget, workers, export, name, texts and paths."""
+        return digest(
+            {
+                "models": dict(hashes),
+                "dtype": dtype,
+                "plans": dict(plans),
+                "stages": [
+                    [_without_text(s.space), s.share, *_plain_algorithm(*self.algorithm_of(s))]
+                    for s in self.stages
+                ],
+                "fitness": _without_text(self.fitness),
+                "seed": self.search.seed,
+                "finalists": self.search.finalists,
+            }
+        )
+
+    def to_yaml(self) -> str:
+        """The resolved experiment, readable by `load`."""
+        return dump_yaml(self.model_dump(mode="json", exclude_defaults=True))
+
+
+def _plain_algorithm(name: str, options: Any) -> list[Any]:
+    return [name, {k: v for k, v in vars(options).items()}]
+
+
+def _without_text(part: Any) -> Any:
+    data = part.model_dump(mode="json")
+    data.pop("description", None)
+    for task in data.get("tasks", ()):
+        # Items are in the plans' ids; where they lie does not matter.
+        for key in ("data", "splits"):
+            task.pop(key)
+    return data
+
+
+def load(source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Experiment:
+    """Read an experiment: a file, a library name, or plain data (paths then relative to the working folder).
+
+    `overrides` are dotted keys to values, as of `--set search.seed=2`. Raises UserError in one line.
+    """
+    if isinstance(source, Mapping):
+        data, where, folder = dict(source), "experiment", Path.cwd()
+    else:
+        path = find("experiments", str(source), Path.cwd())
+        data, where, folder = load_yaml(path), str(path), path.resolve().parent
+        if not isinstance(data, dict):
+            raise UserError(f"{path}: expected a mapping of keys, got {type(data).__name__}")
+    for key, value in (overrides or {}).items():
+        data = _set(data, key.split("."), value, key)
+    if isinstance(data.get("search_space"), dict) and "stages" in data["search_space"]:
+        validated(StagedSpec, data["search_space"], f"{where}: search_space")
+    elif isinstance(data.get("search_space"), dict):
+        validated(SpaceSpec, data["search_space"], f"{where}: search_space")
+    experiment = validated(Experiment, data, where)
+    if experiment.search.algorithm not in ALGORITHMS:
+        raise UserError(
+            f"{where}: search.algorithm: unknown algorithm {experiment.search.algorithm!r}"
+            f"{nearest(experiment.search.algorithm, ALGORITHMS)}"
+        )
+    resolved = experiment.model_copy(
+        update={
+            "models": _resolved_models(experiment.models, folder),
+            "search_space": resolve_space(experiment.search_space, folder),
+            "fitness": resolve_fitness(experiment.fitness, folder),
+        }
+    )
+    for stage in resolved.stages:
+        resolved.algorithm_of(stage)
+    return resolved
+
+
+def _set(data: Mapping[str, Any], keys: list[str], value: Any, whole: str) -> dict[str, Any]:
+    """A copy of nested mappings with one value replaced."""
+    out = dict(data)
+    if len(keys) == 1:
+        out[keys[0]] = value
+        return out
+    inner = out.get(keys[0], {})
+    if not isinstance(inner, Mapping):
+        raise UserError(f"--set {whole}: {keys[0]!r} is no mapping in this experiment")
+    out[keys[0]] = _set(inner, keys[1:], value, whole)
+    return out
+
+
+def parse_overrides(pairs: list[str]) -> dict[str, Any]:
+    """`key=value` texts, values read as YAML. Raises UserError."""
+    out = {}
+    for pair in pairs:
+        key, sign, value = pair.partition("=")
+        if not sign or not key:
+            raise UserError(f"--set {pair}: expected key=value, for example search.seed=2")
+        out[key] = parse_yaml(value, f"--set {key}")
+    return out
+
+
+def _resolved_models(models: Models, folder: Path) -> Models:
+    return models.model_copy(
+        update={
+            "base": str((folder / models.base).resolve()),
+            "experts": {n: str((folder / p).resolve()) for n, p in models.experts.items()},
+        }
+    )
+
+
+def resolve_space(spec: str | StagedSpec | SpaceSpec, folder: Path) -> StagedSpec | SpaceSpec:
+    """Library names and paths to specs; the spaces of stages too. Raises UserError."""
+    if isinstance(spec, str):
+        path = find("search_spaces", spec, folder)
+        data = load_yaml(path)
+        kind: type[StagedSpec] | type[SpaceSpec] = SpaceSpec
+        if isinstance(data, dict) and "stages" in data:
+            kind = StagedSpec
+        return resolve_space(validated(kind, data, str(path)), path.parent)
+    if isinstance(spec, StagedSpec):
+        stages = []
+        for stage in spec.stages:
+            space = resolve_space(stage.space, folder)
+            if isinstance(space, StagedSpec):
+                raise UserError("search_space: a stage cannot be staged itself")
+            stages.append(stage.model_copy(update={"space": space}))
+        return spec.model_copy(update={"stages": tuple(stages)})
+    return spec
+
+
+def resolve_fitness(spec: str | FitnessSpec, folder: Path) -> FitnessSpec:
+    """A library name or path to a spec with absolute data files. Raises UserError."""
+    if isinstance(spec, str):
+        path = find("fitness", spec, folder)
+        return resolve_fitness(validated(FitnessSpec, load_yaml(path), str(path)), path.resolve().parent)
+    tasks = []
+    for task in spec.tasks:
+        splits = {s: str((folder / v).resolve()) if isinstance(v, str) else v for s, v in task.splits.items()}
+        data = str((folder / task.data).resolve()) if task.data is not None else None
+        tasks.append(task.model_copy(update={"splits": splits, "data": data}))
+    return spec.model_copy(update={"tasks": tuple(tasks)})

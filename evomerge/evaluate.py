@@ -1,0 +1,101 @@
+"""Recipes -> Evaluations: build, score, catch failure, time. The worker's side of the loop."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from evomerge.manifest import Manifest
+from evomerge.merge.bank import Bank
+from evomerge.merge.builder import Builder
+from evomerge.merge.live import inference, live_model
+from evomerge.merge.pipeline import BuildError
+from evomerge.pool import ModelPool
+from evomerge.proposal import Evaluation, Job, Scores, Telemetry, WorkUnit
+from evomerge.score import make_scorer
+from evomerge.score.multiple_choice import NonFinite
+from evomerge.score.plan import Plan
+
+
+@dataclass(frozen=True)
+class EvaluatorSpec:
+    """All that a worker needs, picklable: paths travel, weights never do."""
+
+    base: Path
+    experts: Mapping[str, Path]
+    manifest: Manifest
+    dtype: str
+    plans: Mapping[str, Plan]
+    device: str
+    threads: int
+
+
+class MergeEvaluator:
+    """Holds the resident bank, one live model and the compiled plans."""
+
+    def __init__(self, spec: EvaluatorSpec) -> None:
+        """Load everything once. Raises UserError for a pool that changed since it was checked."""
+        self.device = torch.device(spec.device)
+        inference(self.device, spec.threads)
+        pool = ModelPool.open(spec.base, spec.experts, spec.manifest.base)
+        self._builder = Builder(Bank.load(pool, spec.manifest, self.device), spec.dtype)
+        self._model: Any = live_model(spec.base, self._builder.views(), spec.dtype)
+        self._plans = spec.plans
+        self._scorers = {kind: make_scorer(kind) for kind in {p.kind for p in spec.plans.values()}}
+
+    def evaluate(self, unit: WorkUnit) -> list[tuple[Evaluation, Telemetry]]:
+        """One result per job, in order. Never raises for a bad candidate."""
+        return [self._one(job) for job in unit.jobs]
+
+    def _one(self, job: Job) -> tuple[Evaluation, Telemetry]:
+        start = time.perf_counter()
+        built = start
+        changed = 0
+        try:
+            changed = self._builder.build(job.recipe)
+            built = time.perf_counter()
+            scores: Scores = {
+                task: self._scorers[self._plans[task].kind].score(self._model, self._plans[task], positions)
+                for task, positions in job.items.tasks.items()
+            }
+            result = Evaluation("ok", scores)
+        except (BuildError, NonFinite) as e:
+            result = Evaluation("failed:nan", reason=str(e))
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            result = Evaluation("failed:oom", reason="out of device memory")
+        except MemoryError:
+            result = Evaluation("failed:oom", reason="out of memory")
+        except Exception as e:
+            if "can't allocate memory" in str(e):
+                result = Evaluation("failed:oom", reason="out of memory")
+            else:
+                reason = " ".join(f"{type(e).__name__}: {e}".split())
+                result = Evaluation("failed:error", reason=reason[:500])
+        end = time.perf_counter()
+        return result, Telemetry(
+            build_seconds=max(built - start, 0.0),
+            score_seconds=end - max(built, start),
+            peak_mb=self._peak_mb(),
+            changed_blocks=changed,
+        )
+
+    def _peak_mb(self) -> float:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**20
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def pick_device(wanted: str) -> str:
+    """`auto` is the first CUDA device where there is one, else the CPU."""
+    if wanted != "auto":
+        return wanted
+    return "cuda:0" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,211 @@
+"""A run as its files tell it: candidates, scores, the winner. Reads only; works on finished and on live runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evomerge.canonical import decode_array
+from evomerge.config import Experiment, load
+from evomerge.errors import UserError
+from evomerge.journal import Event, read, scores_from_json
+from evomerge.manifest import Manifest
+from evomerge.objective import Objective
+from evomerge.prepare import bind_spaces, fitness_of
+from evomerge.proposal import Evaluation, Scores, frozen_genome
+from evomerge.recipe import Recipe
+from evomerge.rundir import EXPERIMENT, JOURNAL
+from evomerge.schema import validated
+from evomerge.space import RuleSpace
+
+
+@dataclass
+class Entry:
+    """One candidate of the journal. `results` has its evaluations by the name of the item set."""
+
+    id: int
+    stage: int
+    group: int
+    role: str
+    name: str
+    recipe_id: str
+    genome: Any
+    recipe_json: Any
+    results: dict[str, Evaluation] = field(default_factory=dict)
+
+    def scores(self, split: str) -> Scores | None:
+        """Scores on a split, None where it was not scored there or failed."""
+        result = self.results.get(split)
+        return None if result is None else result.scores
+
+
+@dataclass(frozen=True)
+class History:
+    """A run directory, decoded."""
+
+    path: Path
+    experiment: Experiment
+    manifest: Manifest
+    dtype: Any
+    facts: Event
+    entries: Mapping[int, Entry]
+    item_ids: Mapping[str, Mapping[str, list[str]]]
+    final: Event | None
+    stopped: bool
+
+    @classmethod
+    def read(cls, path: Path) -> History:
+        """Read a run directory. Raises UserError where it is none, or damaged."""
+        if not (path / JOURNAL).is_file():
+            raise UserError(f"{path}: is no run directory (no {JOURNAL}); expected what `evomerge run` wrote")
+        experiment = load_resolved(path)
+        events, _ = read(path / JOURNAL)
+        if not events or events[0]["kind"] != "run":
+            raise UserError(f"{path / JOURNAL}: holds no run yet; start it again with the same command")
+        try:
+            return cls._decoded(path, experiment, events)
+        except (KeyError, TypeError, ValueError) as e:
+            if isinstance(e, UserError):
+                raise
+            raise UserError(f"{path / JOURNAL}: an event lacks what it should hold ({e!r})") from None
+
+    @classmethod
+    def _decoded(cls, path: Path, experiment: Experiment, events: list[Event]) -> History:
+        names: dict[str, str] = {}
+        item_ids: dict[str, Any] = {}
+        entries: dict[int, Entry] = {}
+        final = None
+        for e in events:
+            if e["kind"] == "items":
+                names[e["id"]] = e["name"]
+                item_ids[e["name"]] = e["ids"]
+            elif e["kind"] == "asked":
+                entries[e["id"]] = Entry(
+                    e["id"],
+                    e["stage"],
+                    e["group"],
+                    e["role"],
+                    e["name"],
+                    e["recipe_id"],
+                    e.get("genome"),
+                    e.get("recipe"),
+                )
+            elif e["kind"] == "told":
+                result = Evaluation(e["status"], scores_from_json(e["scores"]), e["reason"])
+                entries[e["id"]].results[names[e["items"]]] = result
+            elif e["kind"] == "final":
+                final = e
+        manifest = Manifest.from_json(events[0]["manifest"])
+        stopped = events[-1]["kind"] == "stop"
+        return cls(path, experiment, manifest, events[0]["dtype"], events[0], entries, item_ids, final, stopped)
+
+    # -- candidates ---------------------------------------------------------------------------------------
+
+    @cached_property
+    def _spaces(self) -> tuple[RuleSpace, ...]:
+        return bind_spaces(self.experiment, self.manifest, self.dtype)
+
+    def recipe(self, candidate: int) -> Recipe:
+        """The canonical recipe of a candidate. Raises UserError for an unknown number."""
+        entry = self.entry(candidate)
+        if entry.recipe_json is not None:
+            recipe = validated(Recipe, entry.recipe_json, f"candidate {candidate}").canonical(self.manifest)
+        else:
+            genome = frozen_genome(decode_array(entry.genome))
+            recipe = self._spaces[entry.stage].decode(genome, self.manifest)
+        if recipe.id != entry.recipe_id:
+            raise UserError(f"{self.path}: candidate {candidate} decodes to another recipe than the journal names")
+        return recipe
+
+    def entry(self, candidate: int) -> Entry:
+        """A candidate by number. Raises UserError naming the range."""
+        if candidate not in self.entries:
+            raise UserError(
+                f"{self.path}: no candidate {candidate}; there are 0 to {max(self.entries, default=0)}"
+            )
+        return self.entries[candidate]
+
+    @property
+    def winner_id(self) -> int | None:
+        """Number of the winner, None while the run goes on."""
+        return None if self.final is None else int(self.final["winner"])
+
+    @property
+    def winner(self) -> Recipe:
+        """The winning recipe. Raises UserError while there is none."""
+        if self.winner_id is None:
+            raise UserError(
+                f"{self.path}: the run has no winner yet; finish it with `evomerge resume {self.path}`"
+            )
+        return self.recipe(self.winner_id)
+
+    @property
+    def baselines(self) -> dict[str, Entry]:
+        """Baselines by name."""
+        return {e.name: e for e in self.entries.values() if e.role == "baseline"}
+
+    def objective(self, split: str) -> Objective | None:
+        """The objective with its references on a split, None before the baselines are scored there."""
+        scores = {n: e.scores(split) for n, e in self.baselines.items()}
+        base = scores.pop(self.manifest.base, None)
+        if base is None:
+            return None
+        return Objective.bind(fitness_of(self.experiment), base, [s for s in scores.values() if s is not None])
+
+    def loss(self, entry: Entry, split: str) -> float:
+        """A candidate's loss on a split; +inf where it failed, NaN where it was not scored."""
+        if split not in entry.results:
+            return math.nan
+        scores, objective = entry.scores(split), self.objective(split)
+        return math.inf if scores is None or objective is None else float(objective.losses(scores)[0])
+
+    @property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """One row per candidate and split: id, role, name, stage, group, split, status, loss, mean scores."""
+        bound = {s: self.objective(s) for s in self.item_ids}
+        rows = []
+        for e in self.entries.values():
+            for split, result in e.results.items():
+                objective = bound[split]
+                loss = math.inf
+                means: dict[str, float] = {}
+                if result.scores is not None and objective is not None:
+                    loss = float(objective.losses(result.scores)[0])
+                    means = {
+                        f"{t.name}.{t.report_metric}": float(np.mean(result.scores[t.name][t.report_metric]))
+                        for t in self.experiment.tasks
+                    }
+                rows.append(
+                    {
+                        "id": e.id,
+                        "role": e.role,
+                        "name": e.name,
+                        "stage": e.stage,
+                        "group": e.group,
+                        "split": split,
+                        "status": result.status,
+                        "reason": result.reason,
+                        "loss": loss,
+                        **means,
+                    }
+                )
+        return rows
+
+    def source_paths(self) -> dict[str, Path]:
+        """Where the sources lie, by name."""
+        models = self.experiment.models
+        return {self.manifest.base: Path(models.base), **{n: Path(p) for n, p in models.experts.items()}}
+
+
+def load_resolved(path: Path) -> Experiment:
+    """The resolved experiment of a run directory. Raises UserError."""
+    file = path / EXPERIMENT
+    if not file.is_file():
+        raise UserError(f"{path}: is no run directory (no {EXPERIMENT}); expected what `evomerge run` wrote")
+    return load(file)

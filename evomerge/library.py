@@ -1,0 +1,42 @@
+"""Finds entries of the three YAML libraries: the packaged copy first, then the checkout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from evomerge.errors import UserError, nearest
+
+KINDS = {"search_spaces": "search space", "fitness": "fitness", "experiments": "experiment"}
+
+
+def roots() -> Iterator[Path]:
+    """Folders that may hold the libraries."""
+    package = Path(__file__).resolve().parent
+    yield package / "_library"
+    yield package.parent
+
+
+def entries(kind: str) -> dict[str, Path]:
+    """Name -> file of every entry of one library."""
+    out: dict[str, Path] = {}
+    for root in roots():
+        for path in sorted((root / kind).glob("*.yaml")):
+            out.setdefault(path.stem, path)
+    return out
+
+
+def find(kind: str, name: str, near: Path) -> Path:
+    """An entry by library name, or a file: relative to the folder `near`, where it ends in .yaml or .yml.
+
+    Raises UserError naming the nearest entry.
+    """
+    if name.endswith((".yaml", ".yml")):
+        path = near / name
+        if not path.is_file():
+            raise UserError(f"{KINDS[kind]}: no such file {path}")
+        return path
+    known = entries(kind)
+    if name not in known:
+        raise UserError(f"unknown {KINDS[kind]} {name!r}{nearest(name, known)}")
+    return known[name]

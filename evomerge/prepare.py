@@ -1,0 +1,210 @@
+"""Experiment -> everything a run needs, checked: pool, manifest, spaces, plans. No candidate is built here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from evomerge.config import Experiment, FitnessSpec, Stage, Workers
+from evomerge.errors import UserError
+from evomerge.manifest import Manifest
+from evomerge.proposal import ItemSet
+from evomerge.recipe import Match, Recipe, Rule
+from evomerge.score.plan import Plan, PlanShape, item_sets
+from evomerge.space import RuleSpace, SpaceSpec
+from evomerge.workers import Executor, MakeEvaluator
+
+CPU_BATCH_TOKENS = 1024
+"""Measured best on small CPU cores: activations of a batch stay in the cache (`make bench`, scoring)."""
+GPU_BATCH_TOKENS = 16384
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What the loop in `run.py` works on."""
+
+    experiment: Experiment
+    manifest: Manifest
+    dtype: str
+    plans: Mapping[str, Plan]
+    spaces: tuple[RuleSpace, ...]
+    device: str
+    notes: tuple[str, ...]
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The search's stages; `spaces` has one space for each."""
+        return self.experiment.stages
+
+    @property
+    def items(self) -> dict[str, ItemSet]:
+        """The full item set of every split."""
+        return item_sets(self.plans)
+
+    def item_ids(self, items: ItemSet) -> dict[str, list[str]]:
+        """task -> the names of the items."""
+        return {t: [self.plans[t].item_ids[i] for i in at] for t, at in items.tasks.items()}
+
+    @property
+    def experiment_id(self) -> str:
+        """What determines the results (`Experiment.identity`)."""
+        return self.experiment.identity(self.manifest.hashes, {t: p.id for t, p in self.plans.items()}, self.dtype)
+
+    @property
+    def plan_shape(self) -> PlanShape:
+        """The batch shape that all plans share."""
+        return next(iter(self.plans.values())).shape
+
+    def numerics(self) -> dict[str, Any]:
+        """The software and hardware that last bits depend on."""
+        return numerics(self.device, self.experiment.workers.threads)
+
+    def evaluator(self) -> MakeEvaluator:
+        """A picklable maker of evaluators for workers."""
+        from evomerge.evaluate import EvaluatorSpec, MergeEvaluator
+
+        models = self.experiment.models
+        spec = EvaluatorSpec(
+            base=Path(models.base),
+            experts={n: Path(p) for n, p in models.experts.items()},
+            manifest=self.manifest,
+            dtype=self.dtype,
+            plans=self.plans,
+            device=self.device,
+            threads=self.experiment.workers.threads,
+        )
+        return partial(MergeEvaluator, spec)
+
+    def baselines(self) -> dict[str, Recipe]:
+        """Name -> canonical recipe: the base, each expert alone, all experts in equal parts."""
+        return baselines(self.manifest, self.dtype)
+
+
+def baselines(manifest: Manifest, dtype: str) -> dict[str, Recipe]:
+    """Name -> canonical recipe of what every search is compared with."""
+
+    def equal_parts(experts: tuple[str, ...]) -> Recipe:
+        rule = Rule(match=Match(), method="linear", sources={e: {"weight": 1.0} for e in experts})
+        recipe = Recipe.model_validate({"base": manifest.base, "dtype": dtype, "merge": [rule] if experts else []})
+        return recipe.canonical(manifest)
+
+    out = {manifest.base: equal_parts(()), **{e: equal_parts((e,)) for e in manifest.experts}}
+    if len(manifest.experts) > 1:
+        out["uniform"] = equal_parts(manifest.experts)
+    return out
+
+
+def numerics(device: str, threads: int) -> dict[str, Any]:
+    """Versions and hardware classes, no host names."""
+    import torch
+
+    return {
+        **{name: version(name) for name in ("torch", "transformers", "numpy", "cma")},
+        "threads": threads,
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu",
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def open_pool(experiment: Experiment) -> Any:
+    """The pool of an experiment. Raises UserError."""
+    from evomerge.pool import ModelPool
+
+    models = experiment.models
+    return ModelPool.open(Path(models.base), {n: Path(p) for n, p in models.experts.items()})
+
+
+def prepare(experiment: Experiment, shape: PlanShape | None = None) -> Prepared:
+    """Open and check everything. Raises UserError before any expensive work.
+
+    `shape` is the journalled batch shape of a run that is resumed; else it is chosen by device.
+    """
+    from evomerge.evaluate import pick_device
+
+    items = load_all_items(experiment)
+    pool = open_pool(experiment)
+    device = pick_device(experiment.workers.device)
+    check_device(device)
+    if shape is None:
+        shape = PlanShape(GPU_BATCH_TOKENS if device.startswith("cuda") else CPU_BATCH_TOKENS)
+    plans = compile_plans(experiment, items, pool.checkpoints[pool.base], shape)
+    manifest = pool.manifest()
+    dtype = pool.stored_dtype if experiment.models.dtype == "auto" else experiment.models.dtype
+    spaces = bind_spaces(experiment, manifest, dtype)
+    return Prepared(experiment, manifest, dtype, plans, spaces, device, tuple(pool.notes()))
+
+
+def load_all_items(experiment: Experiment) -> dict[str, Any]:
+    """task -> its items, split. Raises UserError naming file and line."""
+    from evomerge.score.tasks import load_items
+
+    return {t.name: load_items(t, Path.cwd()) for t in experiment.tasks}
+
+
+def compile_plans(
+    experiment: Experiment, items: Mapping[str, Any], base: Any, shape: PlanShape
+) -> dict[str, Plan]:
+    """Tokenise and lay out all tasks with the base's tokenizer. Raises UserError for items that do not fit."""
+    from evomerge.merge.live import load_tokenizer
+    from evomerge.score import make_scorer
+
+    tokenizer = load_tokenizer(base.path)
+    limit = int(base.config.get("max_position_embeddings", 1 << 30))
+    return {
+        t.name: make_scorer(t.kind).compile(t, items[t.name], tokenizer, limit, shape) for t in experiment.tasks
+    }
+
+
+def check_device(device: str) -> None:
+    """Raises UserError for a CUDA device that is not there."""
+    if device == "cpu":
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UserError(f"workers.device is {device!r}, but torch sees no CUDA device; use cpu or auto")
+    index = int(device.partition(":")[2] or 0)
+    if index >= torch.cuda.device_count():
+        raise UserError(f"workers.device is {device!r}, but there are {torch.cuda.device_count()} CUDA devices")
+
+
+def bind_spaces(experiment: Experiment, manifest: Manifest, dtype: Any) -> tuple[RuleSpace, ...]:
+    """One bound space a stage. Raises UserError where a stage cannot express what the one before may find."""
+    spaces = []
+    for stage in experiment.stages:
+        assert isinstance(stage.space, SpaceSpec)
+        spaces.append(RuleSpace(stage.space, manifest, dtype))
+    for n, (coarse, fine) in enumerate(zip(spaces, spaces[1:], strict=False), 1):
+        for corner in (0.0, 1.0):
+            point = coarse.default * 0.0 + corner
+            try:
+                fine.encode(coarse.decode(point, manifest), manifest)
+            except ValueError as e:
+                raise UserError(
+                    f"search_space: stage {n + 1} cannot start from all that stage {n} may find ({e}); "
+                    "give it the same method and bounds at least as wide"
+                ) from None
+    return tuple(spaces)
+
+
+def make_executor(make: MakeEvaluator, workers: Workers) -> Executor:
+    """The executor of a backend."""
+    if workers.backend == "inline":
+        from evomerge.workers.inline import InlineExecutor
+
+        return InlineExecutor(make)
+    from evomerge.workers.local import LocalExecutor
+
+    return LocalExecutor(
+        make, count=workers.count, timeout_seconds=workers.timeout_seconds, memory_gb=workers.memory_gb
+    )
+
+
+def fitness_of(experiment: Experiment) -> FitnessSpec:
+    """The resolved fitness."""
+    assert isinstance(experiment.fitness, FitnessSpec)
+    return experiment.fitness

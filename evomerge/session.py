@@ -1,0 +1,113 @@
+"""What the loop in `run.py` carries along: candidates so far, and how one is asked and scored."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+from evomerge.canonical import decode_array, encode_array
+from evomerge.commit import Committer
+from evomerge.journal import Journal
+from evomerge.objective import FAILED, Objective
+from evomerge.prepare import Prepared, fitness_of
+from evomerge.progress import Progress
+from evomerge.proposal import Evaluation, ItemSet, Proposal, Result, Scores, frozen_genome
+from evomerge.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A proposal with its canonical recipe and its loss on the search split (+inf where it failed)."""
+
+    proposal: Proposal
+    recipe: Recipe
+    role: str
+    loss: float = math.inf
+
+    @property
+    def id(self) -> int:
+        """The proposal's number."""
+        return self.proposal.id
+
+
+@dataclass
+class Session:
+    """One pass through a journal."""
+
+    prepared: Prepared
+    journal: Journal
+    committer: Committer
+    progress: Progress
+    ids: Iterator[int] = field(default_factory=itertools.count)
+    candidates: list[Candidate] = field(default_factory=list)
+    objective: Objective | None = None
+
+    def ask(self, p: Proposal, *, stage: int, role: str, name: str = "") -> Candidate:
+        """Journal one proposal. Where the journal already has it, its genome is the one that counts."""
+        manifest = self.prepared.manifest
+        space = self.prepared.spaces[stage] if stage >= 0 else None
+        if p.recipe is not None:
+            recipe = p.recipe
+            body = {"recipe": recipe.to_json()}
+        else:
+            assert p.genome is not None
+            assert space is not None
+            recipe = space.decode(p.genome, manifest)
+            body = {"genome": encode_array(p.genome)}
+        event = self.journal.record(
+            "asked",
+            id=p.id,
+            stage=stage,
+            group=p.group,
+            role=role,
+            name=name,
+            recipe_id=recipe.id,
+            parents=list(p.parents),
+            **body,
+        )
+        if "genome" in event and event["genome"] != body["genome"]:
+            assert space is not None
+            p = replace(p, genome=frozen_genome(decode_array(event["genome"])))
+            assert p.genome is not None
+            recipe = space.decode(p.genome, manifest)
+        return Candidate(p, recipe, role)
+
+    def score(self, group: Sequence[Candidate], items: ItemSet) -> Iterator[tuple[Candidate, Evaluation]]:
+        """Scores in candidate order; each is in the journal before it is yielded."""
+        results = self.committer.evaluate([(c.id, c.recipe) for c in group], items)
+        for c, (_, evaluation) in zip(group, results, strict=True):
+            self.progress.scored(c.role, items, evaluation)
+            yield c, evaluation
+
+    def keep(self, c: Candidate, e: Evaluation) -> Result:
+        """Add a candidate scored on the search split; returns what its optimizer is told."""
+        losses = FAILED
+        if e.scores is not None:
+            assert self.objective is not None
+            losses = self.objective.losses(e.scores, c.recipe)
+        c = replace(c, loss=float(losses[0]))
+        self.candidates.append(c)
+        self.progress.kept(c.id, c.role, c.loss, e)
+        return Result(losses, e.status, e.scores or {})
+
+    def bind(self, scored: Iterable[tuple[Candidate, Evaluation]]) -> Objective | None:
+        """The objective with its references taken from the baselines' scores; None where the base failed."""
+        base: Scores | None = None
+        others = []
+        for c, e in scored:
+            if c.role == "baseline" and e.scores is not None:
+                if base is None and not c.recipe.blocks:
+                    base = e.scores
+                else:
+                    others.append(e.scores)
+        return None if base is None else Objective.bind(fitness_of(self.prepared.experiment), base, others)
+
+    def ranked(self) -> list[Candidate]:
+        """Distinct recipes that were scored, best search loss first; ties by number."""
+        best: dict[str, Candidate] = {}
+        for c in sorted(self.candidates, key=lambda c: (c.loss, c.id)):
+            if math.isfinite(c.loss):
+                best.setdefault(c.recipe.id, c)
+        return list(best.values())
