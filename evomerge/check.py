@@ -1,0 +1,117 @@
+"""`evomerge check`: compatibility, axes, items, memory and work of an experiment, before anything is spent."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from evomerge.budget import Allowance
+from evomerge.config import Experiment
+from evomerge.merge.methods import METHODS
+from evomerge.pool import TORCH_DTYPES
+from evomerge.prepare import Prepared, prepare
+
+
+@dataclass(frozen=True)
+class Check:
+    """What `check` prints. Memory in bytes per worker, work per candidate on the search split."""
+
+    name: str
+    experiment_id: str
+    parameters: int
+    layers: int
+    experts: tuple[str, ...]
+    dtype: str
+    device: str
+    stages: tuple[dict[str, Any], ...]
+    items: dict[str, dict[str, int]]
+    tokens_per_candidate: int
+    flop_per_candidate: float
+    candidates: int | None
+    memory_bytes: int
+    seconds_at_least: float | None
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON data."""
+        return asdict(self)
+
+
+def check(experiment: Experiment) -> Check:
+    """Check everything that `run` checks. Raises UserError with the first thing that is wrong."""
+    prepared = prepare(experiment)
+    items = prepared.items
+    allowance = Allowance.of(experiment.search.budget, prepared.stages, items["search"].count)
+    tokens = sum(
+        len(p.prefix) + sum(len(p.trees[i].tokens) for i in p.splits["search"]) for p in prepared.plans.values()
+    )
+    flop = 2.0 * prepared.manifest.parameters * tokens
+    total = allowance.total
+    seconds = None
+    if prepared.device == "cpu" and total is not None:
+        seconds = total * flop / _cpu_flops(experiment.workers.threads) / experiment.workers.count
+    return Check(
+        name=experiment.name,
+        experiment_id=prepared.experiment_id,
+        parameters=prepared.manifest.parameters,
+        layers=prepared.manifest.layers[prepared.manifest.base],
+        experts=prepared.manifest.experts,
+        dtype=prepared.dtype,
+        device=prepared.device,
+        stages=tuple(
+            {"method": s.spec.method, "groups": len(s.groups), "axes": len(s.axes)} for s in prepared.spaces
+        ),
+        items={s: {t: len(p) for t, p in i.tasks.items()} for s, i in items.items()},
+        tokens_per_candidate=tokens,
+        flop_per_candidate=flop,
+        candidates=total,
+        memory_bytes=_memory(prepared),
+        seconds_at_least=seconds,
+        notes=prepared.notes,
+    )
+
+
+def _memory(prepared: Prepared) -> int:
+    """Resident weights of one worker: the bank as stored, the buffer, and sorted magnitudes where needed."""
+    m = prepared.manifest
+    size = TORCH_DTYPES[prepared.dtype].itemsize
+    sketches = any(METHODS[s.spec.method].sparsify == "top_k" for s in prepared.spaces)
+    return m.elements * (size * (len(m.hashes) + 1) + (4 * len(m.experts) if sketches else 0))
+
+
+def _cpu_flops(threads: int) -> float:
+    """Operations per second of a matrix product here, a ceiling that small models stay well below."""
+    import torch
+
+    torch.set_num_threads(threads)
+    a = torch.ones(512, 512)
+    torch.mm(a, a)
+    start = time.perf_counter()
+    n = 0
+    while time.perf_counter() - start < 0.05:
+        torch.mm(a, a)
+        n += 1
+    return n * 2 * 512**3 / (time.perf_counter() - start)
+
+
+def text(c: Check) -> str:
+    """For people."""
+    lines = [
+        f"{c.name}: fits together ({c.experiment_id[:12]})",
+        f"models   {c.parameters:,} parameters, {c.layers} layers, experts {', '.join(c.experts)}; "
+        f"merged in {c.dtype} on {c.device}",
+    ]
+    for n, s in enumerate(c.stages, 1):
+        lines.append(f"stage {n}  {s['axes']} axes, {s['method']} over {s['groups']} groups of blocks")
+    for split, tasks in c.items.items():
+        lines.append(f"{split:<8} {sum(tasks.values())} items: " + ", ".join(f"{t} {n}" for t, n in tasks.items()))
+    lines.append(
+        f"work     {c.tokens_per_candidate:,} tokens, {c.flop_per_candidate / 1e9:,.1f} GFLOP per candidate, "
+        + (f"{c.candidates} candidates" if c.candidates is not None else "limited by time")
+    )
+    lines.append(f"memory   {c.memory_bytes / 2**20:,.0f} MiB of weights per worker, activations apart")
+    if c.seconds_at_least is not None:
+        lines.append(f"time     at least {c.seconds_at_least:,.0f} s at this CPU's matrix-product speed")
+    lines += [f"note     {n}" for n in c.notes]
+    return "\n".join(lines)

@@ -1,0 +1,382 @@
+"""The command line: thin. Progress goes to stderr, data to stdout.
+
+Exit status: 0 fine, 1 failed, 2 wrong usage or bad input, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evomerge.errors import RunError, UserError
+
+if TYPE_CHECKING:
+    from evomerge.history import History
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, dispatch, turn errors into one line and an exit status."""
+    args = _parser().parse_args(argv)
+    try:
+        return int(args.call(args))
+    except UserError as e:
+        print(f"evomerge: {_line(e)}", file=sys.stderr)
+        return 2
+    except RunError as e:
+        print(f"evomerge: {_line(e)}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 1
+    except KeyboardInterrupt:
+        out = getattr(args, "resume_with", None)
+        print(f"\nevomerge: interrupted; go on with: {out}" if out else "\nevomerge: interrupted", file=sys.stderr)
+        return 130
+
+
+def _line(e: Exception) -> str:
+    return " ".join(str(e).split())
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="evomerge", description="Evolutionary merge-recipe optimizer for language models."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, call: Callable[[argparse.Namespace], int], help_: str) -> argparse.ArgumentParser:
+        p = commands.add_parser(name, help=help_, description=help_[0].upper() + help_[1:] + ".")
+        p.set_defaults(call=call)
+        return p
+
+    def with_json(p: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        p.add_argument("--json", action="store_true", help="print JSON")
+        return p
+
+    p = with_json(command("run", _run, "search for the best recipe; the same folder resumes"))
+    p.add_argument("experiment", help="an experiment file, or the name of a library entry")
+    p.add_argument("--out", type=Path, help="run directory (default runs/NAME)")
+    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. search.seed=2")
+    p.add_argument(
+        "--accept-drift", action="store_true", help="resume although asked genomes differ from the journal"
+    )
+
+    p = with_json(command("resume", _resume, "go on with a run, with the same result as never interrupted"))
+    p.add_argument("dir", type=Path)
+    p.add_argument(
+        "--accept-drift", action="store_true", help="resume although asked genomes differ from the journal"
+    )
+
+    p = with_json(command("check", _check, "check an experiment and estimate its memory and work"))
+    p.add_argument("experiment")
+    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+
+    p = with_json(command("status", _status, "how far a run is"))
+    p.add_argument("dir", type=Path)
+
+    p = with_json(command("show", _show, "one candidate with its recipe and scores"))
+    p.add_argument("dir", type=Path)
+    p.add_argument("id", nargs="?", help="number of the candidate, or winner (default)")
+
+    p = with_json(command("report", _report, "the table of baselines and winner, with intervals and paired tests"))
+    p.add_argument("dir", type=Path)
+    p.add_argument("--split", choices=("search", "select", "report"), default="report")
+
+    p = with_json(command("export", _export, "write a candidate as a checkpoint or a mergekit configuration"))
+    p.add_argument("dir", type=Path)
+    p.add_argument("id", nargs="?", help="number of the candidate, or winner (default)")
+    p.add_argument("--format", choices=("hf", "mergekit"), default="hf")
+    p.add_argument("--to", type=Path, required=True, metavar="PATH")
+
+    p = with_json(command("merge", _merge, "build one recipe into a checkpoint, without a search"))
+    p.add_argument("recipe", type=Path)
+    p.add_argument("--to", type=Path, required=True, metavar="PATH")
+
+    p = with_json(command("score", _score, "score one model folder or recipe"))
+    p.add_argument("model", type=Path, help="a model folder or a recipe.yaml")
+    p.add_argument("fitness", help="a fitness file, or the name of a library entry")
+    p.add_argument("--split", action="append", choices=("search", "select", "report"), help="default: all three")
+    p.add_argument("--device", default="auto")
+
+    p = with_json(command("verify", _verify, "rebuild an export and compare tensors and scores with its record"))
+    p.add_argument("path", type=Path)
+
+    p = with_json(command("list", _list, "what there is"))
+    p.add_argument("what", choices=("methods", "algorithms", "spaces", "fitness", "experiments"))
+
+    p = command("schema", _schema, "the JSON Schema of a file format, for editors")
+    p.add_argument(
+        "what", choices=("experiment", "recipe", "space", "stages", "fitness"), nargs="?", default="experiment"
+    )
+    return parser
+
+
+def _print(args: argparse.Namespace, data: Any, text: Callable[[], str]) -> None:
+    print(json.dumps(_finite(data), indent=1) if args.json else text())
+
+
+def _finite(data: Any) -> Any:
+    """NaN and infinities as null: JSON has neither."""
+    if isinstance(data, float) and not math.isfinite(data):
+        return None
+    if isinstance(data, dict):
+        return {str(k): _finite(v) for k, v in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(v) for v in data]
+    return data
+
+
+# -- runs ---------------------------------------------------------------------------------------------------
+
+
+def _run(args: argparse.Namespace) -> int:
+    from evomerge.config import load, parse_overrides
+
+    experiment = load(args.experiment, parse_overrides(args.set))
+    return _go(args, experiment, args.out or Path("runs") / experiment.name)
+
+
+def _resume(args: argparse.Namespace) -> int:
+    from evomerge.history import load_resolved
+
+    return _go(args, load_resolved(args.dir), args.dir)
+
+
+def _go(args: argparse.Namespace, experiment: Any, out: Path) -> int:
+    from evomerge.progress import Terminal
+    from evomerge.report.results import results, text_table
+    from evomerge.run import run
+
+    args.resume_with = f"evomerge resume {out}"
+    history = run(experiment, out, Terminal(), args.accept_drift)
+    if experiment.export.format is not None:
+        target = out / "exports" / experiment.export.format
+        if not target.exists():
+            _write_export(history, history.winner_id, experiment.export.format, target)
+    _print(
+        args,
+        {"dir": str(out), **results(history).to_json()},
+        lambda: (
+            f"{text_table(history)}\n\nrun directory: {out}\n"
+            f"next: evomerge show {out}, evomerge export {out} --to PATH"
+        ),
+    )
+    return 0
+
+
+def _check(args: argparse.Namespace) -> int:
+    from evomerge.check import check, text
+    from evomerge.config import load, parse_overrides
+
+    c = check(load(args.experiment, parse_overrides(args.set)))
+    _print(args, c.to_json(), lambda: text(c))
+    return 0
+
+
+def _status(args: argparse.Namespace) -> int:
+    from evomerge.report.status import status, status_text
+
+    s = status(args.dir)
+    _print(args, s, lambda: status_text(s))
+    return 0
+
+
+def _candidate(history: History, wanted: str | None) -> int:
+    if wanted in (None, "winner"):
+        if history.winner_id is None:
+            history.winner  # noqa: B018 (raises the error that says what to do)
+        assert history.winner_id is not None
+        return history.winner_id
+    assert wanted is not None
+    if not wanted.isdigit():
+        raise UserError(f"a candidate is a number or 'winner', got {wanted!r}")
+    return history.entry(int(wanted)).id
+
+
+def _show(args: argparse.Namespace) -> int:
+    from evomerge.history import History
+    from evomerge.report.status import candidate, candidate_text
+
+    history = History.read(args.dir)
+    data = candidate(history, _candidate(history, args.id))
+    _print(args, data, lambda: candidate_text(history, data))
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from evomerge.history import History
+    from evomerge.report.results import results, text_table
+
+    history = History.read(args.dir)
+    _print(args, results(history, args.split).to_json(), lambda: text_table(history, args.split))
+    return 0
+
+
+# -- models -------------------------------------------------------------------------------------------------
+
+
+def _export(args: argparse.Namespace) -> int:
+    from evomerge.history import History
+
+    history = History.read(args.dir)
+    number = _candidate(history, args.id)
+    _write_export(history, number, args.format, args.to)
+    data = {"candidate": number, "format": args.format, "path": str(args.to)}
+    check = f"\ncheck it with: evomerge verify {args.to}" if args.format == "hf" else ""
+    _print(args, data, lambda: f"wrote candidate {number} to {args.to}{check}")
+    return 0
+
+
+def _write_export(history: History, number: int | None, form: str, target: Path) -> None:
+    from evomerge.export.hf import write_hf
+    from evomerge.export.mergekit import to_mergekit
+    from evomerge.export.record import scores_for_record
+    from evomerge.export.verify import open_recipe_pool
+    from evomerge.files import new_file
+    from evomerge.yamlio import dump_yaml
+
+    assert number is not None
+    recipe = history.recipe(number)
+    if form == "mergekit":
+        new_file(target, dump_yaml(to_mergekit(recipe, history.manifest, history.source_paths())))
+        return
+    pool, manifest = open_recipe_pool(recipe, history.source_paths())
+    recipe.canonical(manifest)  # refuses sources that changed since the run
+    scores, fitness = scores_for_record(history, number)
+    notes = {
+        "experiment": history.experiment.name,
+        "experiment_id": history.facts["experiment_id"],
+        "candidate": number,
+    }
+    write_hf(target, recipe, pool, manifest, scores=scores, fitness=fitness, notes=notes)
+
+
+def _merge(args: argparse.Namespace) -> int:
+    from evomerge.export.hf import write_hf
+    from evomerge.export.verify import open_recipe_pool, recipe_paths
+    from evomerge.merge.pipeline import BuildError
+    from evomerge.recipe import Recipe
+
+    recipe = Recipe.load(args.recipe)
+    if (reason := recipe.unsupported()) is not None:
+        raise UserError(f"{args.recipe}: {reason}")
+    pool, manifest = open_recipe_pool(recipe, recipe_paths(recipe))
+    canonical = recipe.canonical(manifest)
+    try:
+        write_hf(args.to, canonical, pool, manifest)
+    except BuildError as e:
+        raise RunError(f"{args.recipe}: {e}; nothing was written") from None
+    _print(
+        args, {"recipe_id": canonical.id, "path": str(args.to)}, lambda: f"wrote {canonical.id[:12]} to {args.to}"
+    )
+    return 0
+
+
+def _score(args: argparse.Namespace) -> int:
+    from evomerge.config import resolve_fitness
+    from evomerge.evaluate import pick_device
+    from evomerge.export.verify import is_recipe, open_recipe_pool, recipe_paths
+    from evomerge.prepare import check_device
+    from evomerge.recipe import Recipe
+    from evomerge.report.results import interval
+    from evomerge.score.tasks import SPLITS
+    from evomerge.standalone import score_folder, score_recipe
+
+    fitness = resolve_fitness(args.fitness, Path.cwd())
+    device = pick_device(args.device)
+    check_device(device)
+    splits = tuple(args.split or SPLITS)
+    if is_recipe(args.model):
+        recipe = Recipe.load(args.model)
+        pool, _ = open_recipe_pool(recipe, recipe_paths(recipe))
+        scores = score_recipe(recipe, pool, fitness, splits=splits, device=device)
+    else:
+        scores = score_folder(args.model, fitness, splits=splits, device=device)
+    rows = []
+    for split, tasks in scores.items():
+        for task, metrics in tasks.items():
+            for metric, column in metrics.items():
+                score, low, high = interval(column)
+                rows.append(
+                    {"task": task, "metric": metric, "split": split, "score": score, "low": low, "high": high}
+                    | {"n": len(column)}
+                )
+
+    def text() -> str:
+        lines = [f"{'task':<12} {'split':<7} {'metric':<14} {'score':>8}  95% interval      n"]
+        lines += [
+            f"{r['task']:<12} {r['split']:<7} {r['metric']:<14} {r['score']:>8.4f}  [{r['low']:.3f}, {r['high']:.3f}]"
+            f"{r['n']:>6}"
+            for r in rows
+        ]
+        return "\n".join(lines)
+
+    _print(args, {"model": str(args.model), "scores": rows}, text)
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from evomerge.export.verify import verify
+
+    v = verify(args.path)
+
+    def text() -> str:
+        lines = [f"{args.path}: {v.tensors} tensors rebuilt, {len(v.differing)} differ"]
+        if v.scores:
+            lines.append(f"{len(v.scores)} scores repeated, largest difference {max(v.scores.values()):.2g}")
+        lines += list(v.problems) or ["everything agrees with the record"]
+        return "\n".join(lines)
+
+    _print(args, v.to_json(), text)
+    return 0 if v.ok else 1
+
+
+# -- what there is ------------------------------------------------------------------------------------------
+
+
+def _list(args: argparse.Namespace) -> int:
+    from evomerge.library import entries
+    from evomerge.yamlio import load_yaml
+
+    rows: list[dict[str, str]] = []
+    if args.what == "methods":
+        from evomerge.merge.methods import METHODS
+
+        rows = [{"name": m.name, "status": m.status, "about": m.source} for m in METHODS.values()]
+    elif args.what == "algorithms":
+        from evomerge.search import ALGORITHMS
+
+        rows = [{"name": n, "about": a.about} for n, a in ALGORITHMS.items()]
+    else:
+        kind = "search_spaces" if args.what == "spaces" else args.what
+        for name, path in entries(kind).items():
+            data = load_yaml(path)
+            rows.append({"name": name, "about": str((data or {}).get("description", "")), "path": str(path)})
+    width = max((len(r["name"]) for r in rows), default=0)
+    _print(args, rows, lambda: "\n".join(f"{r['name']:<{width}}  {r['about']}" for r in rows))
+    return 0
+
+
+def _schema(args: argparse.Namespace) -> int:
+    from evomerge.config import Experiment, FitnessSpec, StagedSpec
+    from evomerge.recipe import Recipe
+    from evomerge.space import SpaceSpec
+
+    models = {
+        "experiment": Experiment,
+        "recipe": Recipe,
+        "space": SpaceSpec,
+        "stages": StagedSpec,
+        "fitness": FitnessSpec,
+    }
+    print(json.dumps(models[args.what].model_json_schema(), indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

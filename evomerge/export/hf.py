@@ -1,0 +1,142 @@
+"""Export to a checkpoint folder that stock transformers loads, with a record from which it can be rebuilt."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from evomerge.export.mergekit import MergekitError, to_mergekit
+from evomerge.files import new_folder
+from evomerge.manifest import Manifest
+from evomerge.merge.bank import Bank
+from evomerge.merge.builder import Builder
+from evomerge.pool import ModelPool
+from evomerge.recipe import Recipe
+from evomerge.yamlio import dump_yaml
+
+RECORD = "evomerge.json"
+RECIPE = "recipe.yaml"
+MERGEKIT = "mergekit_config.yml"
+SHARD_BYTES = 5_000_000_000
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+def build_weights(recipe: Recipe, pool: ModelPool, manifest: Manifest) -> Mapping[str, Tensor]:
+    """The recipe's weights on the CPU, by tensor name: the same code and bits that were scored there."""
+    builder = Builder(Bank.load(pool, manifest, torch.device("cpu")), recipe.dtype)
+    builder.build(recipe)
+    return builder.views()
+
+
+def tensor_sha256(tensor: Tensor) -> str:
+    """sha256 of a tensor's bytes."""
+    return hashlib.sha256(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())).hexdigest()
+
+
+def write_hf(
+    target: Path,
+    recipe: Recipe,
+    pool: ModelPool,
+    manifest: Manifest,
+    *,
+    scores: Any = None,
+    fitness: Any = None,
+    notes: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write the folder `target`, whole or not at all; returns it.
+
+    `scores` and `fitness` go into the record, where `evomerge verify` finds them. Raises UserError where the
+    target is in the way, BuildError where the weights are not finite.
+    """
+    with new_folder(target) as folder:
+        weights = build_weights(recipe, pool, manifest)
+        _write_shards(folder, weights)
+        base = pool.checkpoints[pool.base]
+        config = {**base.config, "dtype": recipe.dtype}
+        config.pop("torch_dtype", None)
+        _write(folder / "config.json", json.dumps(config, indent=2) + "\n")
+        for name in TOKENIZER_FILES:
+            if (base.path / name).is_file():
+                shutil.copyfile(base.path / name, folder / name)
+        _write(folder / RECIPE, recipe_with_paths(recipe, pool).to_yaml())
+        try:
+            _write(folder / MERGEKIT, dump_yaml(to_mergekit(recipe, manifest, _paths(pool))))
+            mergekit = MERGEKIT
+        except MergekitError as e:
+            mergekit = f"not expressible: {e}"
+        record = {
+            "format": 1,
+            "recipe_id": recipe.id,
+            "sources": {n: {"path": str(p), "sha256": manifest.hashes[n]} for n, p in _paths(pool).items()},
+            "tensors": {n: tensor_sha256(t) for n, t in weights.items()},
+            "mergekit": mergekit,
+            "scores": scores,
+            "fitness": fitness,
+            **(notes or {}),
+        }
+        _write(folder / RECORD, json.dumps(record, indent=1, sort_keys=True) + "\n")
+    return target
+
+
+def recipe_with_paths(recipe: Recipe, pool: ModelPool) -> Recipe:
+    """The recipe as people need it: with the folders of its sources."""
+    sources = {
+        n: s.model_copy(update={"path": str(pool.checkpoints[n].path.resolve())})
+        for n, s in recipe.sources.items()
+    }
+    return recipe.model_copy(update={"sources": sources})
+
+
+def _paths(pool: ModelPool) -> dict[str, Path]:
+    return {n: c.path.resolve() for n, c in pool.checkpoints.items()}
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _write_shards(folder: Path, weights: Mapping[str, Tensor]) -> None:
+    """safetensors files of at most SHARD_BYTES, with an index where there are several."""
+    shards = list(_shards(weights))
+    if len(shards) == 1:
+        save_file({n: t.contiguous() for n, t in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+        return
+    where = {}
+    for i, names in enumerate(shards, 1):
+        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        save_file({n: weights[n].contiguous() for n in names}, folder / file, {"format": "pt"})
+        where.update(dict.fromkeys(names, file))
+    total = sum(t.numel() * t.element_size() for t in weights.values())
+    index = {"metadata": {"total_size": total}, "weight_map": where}
+    _write(folder / "model.safetensors.index.json", json.dumps(index, indent=1) + "\n")
+
+
+def _shards(weights: Mapping[str, Tensor]) -> Iterator[list[str]]:
+    names: list[str] = []
+    size = 0
+    for name, t in weights.items():
+        n = t.numel() * t.element_size()
+        if names and size + n > SHARD_BYTES:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += n
+    yield names

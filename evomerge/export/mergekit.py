@@ -1,0 +1,110 @@
+"""Export to a mergekit configuration that `mergekit-yaml` executes to the same weights, or a refusal.
+
+Weights per block become name filters (substring match, first match wins, catch-all last). mergekit accepts
+unknown keys in silence, so only what it was seen to execute exactly is written (`make oracle`, mergekit 0.1.5).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from evomerge.errors import UserError
+from evomerge.manifest import Block, Manifest
+from evomerge.merge.methods import METHODS
+from evomerge.recipe import Recipe, Rule
+
+NAMES = {"linear": "linear", "task_arithmetic": "task_arithmetic", "ties": "ties"}
+"""Our method -> mergekit's."""
+
+
+class MergekitError(UserError):
+    """mergekit cannot express this recipe exactly; the text is the reason."""
+
+
+def to_mergekit(recipe: Recipe, manifest: Manifest, paths: Mapping[str, Path]) -> dict[str, Any]:
+    """A mergekit configuration for a canonical recipe. Raises MergekitError with the reason where there is none."""
+    rules = recipe.blocks
+    methods = sorted({r.method for r in rules.values()})
+    if len(methods) > 1:
+        raise MergekitError(f"mergekit has one merge method a file, the recipe has {' and '.join(methods)}")
+    name = methods[0] if methods else "task_arithmetic"
+    if name not in NAMES:
+        raise MergekitError(f"mergekit has no exact equivalent of {name!r}")
+    method = METHODS[name]
+    experts = [s for s in manifest.hashes if s != manifest.base and s in recipe.sources]
+    # A base-only recipe still needs an input: any expert at weight 0.
+    experts = experts or [s for s in manifest.hashes if s != manifest.base][:1]
+    options = _common_options(rules, name)
+    top_k = [(b, s) for b, r in rules.items() for s, c in r.sources.items() if c.get("density", 1.0) < 1.0]
+    if top_k and recipe.dtype != "float32":
+        # Equal magnitudes at the cut: we keep all, mergekit an arbitrary choice; rounded weights have many.
+        raise MergekitError(
+            "mergekit breaks ties of trimmed half-precision weights arbitrarily; use dtype float32"
+        )
+    models: list[dict[str, Any]] = []
+    listed = [manifest.base, *experts] if name == "linear" else experts
+    for source in listed:
+        parameters: dict[str, Any] = {}
+        for coefficient in method.per_source:
+            parameters[coefficient] = _filtered(
+                manifest, lambda b, s=source, c=coefficient: _value(rules.get(b.name), s, c, manifest.base)
+            )
+        models.append({"model": str(paths[source]), "parameters": parameters})
+    config: dict[str, Any] = {
+        "merge_method": NAMES[name],
+        "base_model": str(paths[manifest.base]),
+        "models": models,
+    }
+    parameters = dict(options)
+    if "lambda" in method.per_block:
+        parameters["lambda"] = _filtered(
+            manifest, lambda b: float(rules[b.name].params["lambda"]) if b.name in rules else 1.0
+        )
+    if name == "task_arithmetic":
+        parameters["normalize"] = False
+    config["parameters"] = parameters
+    # Computing in fp32 and rounding once is what we do; mergekit's `dtype` alone computes in that dtype.
+    config["dtype"] = "float32"
+    if recipe.dtype != "float32":
+        config["out_dtype"] = recipe.dtype
+    return config
+
+
+def _common_options(rules: Mapping[str, Rule], name: str) -> dict[str, Any]:
+    method = METHODS[name]
+    out: dict[str, Any] = {}
+    for option, (default, _) in method.options.items():
+        values = {r.params[option] for r in rules.values()} or {default}
+        if len(values) > 1:
+            raise MergekitError(f"mergekit has one {option!r} a file, the recipe's blocks differ in it")
+        out[option] = values.pop()
+    return out
+
+
+def _value(rule: Rule | None, source: str, coefficient: str, base: str) -> float:
+    if rule is None:  # the block is the base's
+        return 1.0 if coefficient == "density" or source == base else 0.0
+    if source not in rule.sources:
+        return 1.0 if coefficient == "density" else 0.0
+    return float(rule.sources[source][coefficient])
+
+
+def _filtered(manifest: Manifest, value_of: Any) -> Any:
+    """A plain number where all blocks agree, else filters: a module in a layer, embedding, norm, head."""
+    values = {b.name: value_of(b) for b in manifest.blocks.values()}
+    if len(set(values.values())) == 1:
+        return next(iter(values.values()))
+    out: list[dict[str, Any]] = []
+    for b in manifest.blocks.values():
+        out += [{"filter": f, "value": values[b.name]} for f in _filters(b)]
+    return [*out, {"value": 0.0}]
+
+
+def _filters(block: Block) -> list[str]:
+    """Substrings that mean exactly the block's tensors (the dot behind the index keeps 1 from matching 10)."""
+    if block.layer is None:
+        return [t.name.removesuffix(".weight") for t in block.tensors]
+    prefixes = {".".join(t.name.split(".")[:4]) for t in block.tensors}
+    return sorted(p.removeprefix("model.") for p in prefixes)

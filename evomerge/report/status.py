@@ -1,0 +1,118 @@
+"""How far a run is, and one candidate in full."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evomerge.history import History
+from evomerge.rundir import TELEMETRY, read_telemetry
+from evomerge.yamlio import dump_yaml
+
+
+def status(path: Path) -> dict[str, Any]:
+    """Progress of a run directory, finished or live. Raises UserError where it is none."""
+    h = History.read(path)
+    searched = [e for e in h.entries.values() if e.role == "search"]
+    results = [(e, s, r) for e in h.entries.values() for s, r in e.results.items()]
+    failures: dict[str, int] = {}
+    for _, _, r in results:
+        if not r.ok:
+            failures[r.status] = failures.get(r.status, 0) + 1
+    objective = h.objective("search")
+    losses = {}
+    if objective is not None:
+        for e in h.entries.values():
+            if (scores := e.scores("search")) is not None:
+                losses[e.id] = float(objective.losses(scores)[0])
+    best = min(losses, key=lambda i: (losses[i], i)) if losses else None
+    lines = [t for t in read_telemetry(path / TELEMETRY) if "proposal" in t]
+    sizes = {s: sum(len(i) for i in ids.values()) for s, ids in h.item_ids.items()}
+    phase = "finished" if h.stopped else "final" if h.final else "searching" if searched else "baselines"
+    return {
+        "name": h.experiment.name,
+        "phase": phase,
+        "budget": h.facts["budget"],
+        "candidates": len(searched),
+        "scored": sum("search" in e.results for e in searched),
+        "items": sum(sizes[s] for _, s, _ in results),
+        "failures": failures,
+        "best": best,
+        "best_loss": None if best is None else losses[best],
+        "winner": h.winner_id,
+        "run_seconds": lines[-1]["run_seconds"] if lines else 0.0,
+        "seconds_per_candidate": (
+            float(np.mean([t["build_seconds"] + t["score_seconds"] for t in lines])) if lines else None
+        ),
+        "peak_mb": max((t["peak_mb"] for t in lines), default=None),
+        "numerics": h.facts["numerics"],
+    }
+
+
+def status_text(s: dict[str, Any]) -> str:
+    """For people."""
+    budget = ", ".join(f"{v} {k}" for k, v in s["budget"].items())
+    lines = [
+        f"{s['name']}: {s['phase']}; {s['scored']} of {s['candidates']} asked candidates scored (budget {budget})",
+        f"{s['items']:,} item evaluations in {s['run_seconds']:.0f} s",
+    ]
+    if s["best"] is not None:
+        lines.append(f"best on search: candidate {s['best']}, loss {s['best_loss']:.4f}")
+    if s["winner"] is not None:
+        lines.append(f"winner: candidate {s['winner']}")
+    if s["failures"]:
+        lines.append("failures: " + ", ".join(f"{k} {n}" for k, n in s["failures"].items()))
+    if s["seconds_per_candidate"] is not None:
+        lines.append(f"{s['seconds_per_candidate']:.3f} s per candidate, worker peak {s['peak_mb']:.0f} MiB")
+    return "\n".join(lines)
+
+
+def candidate(history: History, number: int) -> dict[str, Any]:
+    """One candidate: recipe, losses and mean scores by split."""
+    entry = history.entry(number)
+    splits = {}
+    for split, result in entry.results.items():
+        loss = history.loss(entry, split)
+        means: dict[str, Any] = {}
+        if result.scores is not None:
+            means = {
+                t: {m: float(np.mean(c, dtype=np.float64)) for m, c in ms.items()}
+                for t, ms in result.scores.items()
+            }
+        splits[split] = {
+            "status": result.status,
+            "reason": result.reason,
+            "loss": loss if math.isfinite(loss) else None,
+            "scores": means,
+        }
+    recipe = history.recipe(number)
+    return {
+        "id": number,
+        "role": entry.role,
+        "name": entry.name,
+        "stage": entry.stage,
+        "group": entry.group,
+        "winner": number == history.winner_id,
+        "recipe_id": recipe.id,
+        "recipe": recipe.to_json(),
+        "splits": splits,
+    }
+
+
+def candidate_text(history: History, data: dict[str, Any]) -> str:
+    """For people: scores as comments, then the recipe with its folders, ready for `evomerge merge`."""
+    what = f"{data['role']} {data['name']}".strip() + (", the winner" if data["winner"] else "")
+    lines = [f"# candidate {data['id']} ({what}), stage {data['stage']}, generation {data['group']}"]
+    for split, s in data["splits"].items():
+        if s["status"] != "ok":
+            lines.append(f"# {split}: {s['status']} {s['reason']}")
+            continue
+        means = "  ".join(f"{t.name} {s['scores'][t.name][t.report_metric]:.3f}" for t in history.experiment.tasks)
+        lines.append(f"# {split:<7} loss {s['loss']:.4f}  {means}")
+    recipe = dict(data["recipe"])
+    paths = history.source_paths()
+    recipe["sources"] = {n: {**s, "path": str(paths[n])} for n, s in recipe.get("sources", {}).items()}
+    return "\n".join(lines) + "\n" + dump_yaml(recipe).rstrip()
