@@ -59,9 +59,7 @@ def check(experiment: Experiment) -> Check:
         experts=prepared.manifest.experts,
         dtype=prepared.dtype,
         device=prepared.device,
-        stages=tuple(
-            {"method": s.spec.method, "groups": len(s.groups), "axes": len(s.axes)} for s in prepared.spaces
-        ),
+        stages=tuple({"method": s.spec.method, "groups": len(s.groups), "axes": len(s.axes)} for s in prepared.spaces),
         items={s: {t: len(p) for t, p in i.tasks.items()} for s, i in items.items()},
         tokens_per_candidate=tokens,
         flop_per_candidate=flop,

@@ -62,15 +62,11 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("experiment", help="an experiment file, or the name of a library entry")
     p.add_argument("--out", type=Path, help="run directory (default runs/NAME)")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. search.seed=2")
-    p.add_argument(
-        "--accept-drift", action="store_true", help="resume although asked genomes differ from the journal"
-    )
+    p.add_argument("--accept-drift", action="store_true", help="resume although asked genomes differ from the journal")
 
     p = with_json(command("resume", _resume, "go on with a run, with the same result as never interrupted"))
     p.add_argument("dir", type=Path)
-    p.add_argument(
-        "--accept-drift", action="store_true", help="resume although asked genomes differ from the journal"
-    )
+    p.add_argument("--accept-drift", action="store_true", help="resume although asked genomes differ from the journal")
 
     p = with_json(command("check", _check, "check an experiment and estimate its memory and work"))
     p.add_argument("experiment")
@@ -162,8 +158,7 @@ def _go(args: argparse.Namespace, experiment: Any, out: Path) -> int:
         args,
         {"dir": str(out), **results(history).to_json()},
         lambda: (
-            f"{text_table(history)}\n\nrun directory: {out}\n"
-            f"next: evomerge show {out}, evomerge export {out} --to PATH"
+            f"{text_table(history)}\n\nrun directory: {out}\nnext: evomerge show {out}, evomerge export {out} --to PATH"
         ),
     )
     return 0
@@ -271,9 +266,7 @@ def _merge(args: argparse.Namespace) -> int:
         write_hf(args.to, canonical, pool, manifest)
     except BuildError as e:
         raise RunError(f"{args.recipe}: {e}; nothing was written") from None
-    _print(
-        args, {"recipe_id": canonical.id, "path": str(args.to)}, lambda: f"wrote {canonical.id[:12]} to {args.to}"
-    )
+    _print(args, {"recipe_id": canonical.id, "path": str(args.to)}, lambda: f"wrote {canonical.id[:12]} to {args.to}")
     return 0
 
 
@@ -363,11 +356,13 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _schema(args: argparse.Namespace) -> int:
+    from pydantic import BaseModel
+
     from evomerge.config import Experiment, FitnessSpec, StagedSpec
     from evomerge.recipe import Recipe
     from evomerge.space import SpaceSpec
 
-    models = {
+    models: dict[str, type[BaseModel]] = {
         "experiment": Experiment,
         "recipe": Recipe,
         "space": SpaceSpec,

@@ -27,9 +27,7 @@ class Models(_Part):
 
     base: str
     experts: Mapping[str, str] = Field(min_length=1)
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="auto: as the base is stored"
-    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: as the base is stored")
 
     @model_validator(mode="after")
     def _names(self) -> Models:
@@ -94,9 +92,7 @@ class Budget(_Part):
     def _one(self) -> Budget:
         given = [n for n in ("evaluations", "minutes", "item_evaluations") if getattr(self, n) is not None]
         if len(given) != 1:
-            raise ValueError(
-                f"exactly one of evaluations, minutes, item_evaluations is needed, got {given or 'none'}"
-            )
+            raise ValueError(f"exactly one of evaluations, minutes, item_evaluations is needed, got {given or 'none'}")
         return self
 
 
@@ -173,8 +169,7 @@ class Experiment(_Part):
                 "dtype": dtype,
                 "plans": dict(plans),
                 "stages": [
-                    [_without_text(s.space), s.share, *_plain_algorithm(*self.algorithm_of(s))]
-                    for s in self.stages
+                    [_without_text(s.space), s.share, *_plain_algorithm(*self.algorithm_of(s))] for s in self.stages
                 ],
                 "fitness": _without_text(self.fitness),
                 "seed": self.search.seed,
@@ -188,7 +183,7 @@ class Experiment(_Part):
 
 
 def _plain_algorithm(name: str, options: Any) -> list[Any]:
-    return [name, {k: v for k, v in vars(options).items()}]
+    return [name, dict(vars(options))]
 
 
 def _without_text(part: Any) -> Any:

@@ -126,9 +126,7 @@ class History:
     def entry(self, candidate: int) -> Entry:
         """A candidate by number. Raises UserError naming the range."""
         if candidate not in self.entries:
-            raise UserError(
-                f"{self.path}: no candidate {candidate}; there are 0 to {max(self.entries, default=0)}"
-            )
+            raise UserError(f"{self.path}: no candidate {candidate}; there are 0 to {max(self.entries, default=0)}")
         return self.entries[candidate]
 
     @property
@@ -140,9 +138,7 @@ class History:
     def winner(self) -> Recipe:
         """The winning recipe. Raises UserError while there is none."""
         if self.winner_id is None:
-            raise UserError(
-                f"{self.path}: the run has no winner yet; finish it with `evomerge resume {self.path}`"
-            )
+            raise UserError(f"{self.path}: the run has no winner yet; finish it with `evomerge resume {self.path}`")
         return self.recipe(self.winner_id)
 
     @property

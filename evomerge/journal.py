@@ -81,9 +81,7 @@ def read(path: Path) -> tuple[list[Event], int]:
 class Journal:
     """An open journal with a replay cursor. Use as a context manager."""
 
-    def __init__(
-        self, path: Path, *, accept_drift: bool = False, on_drift: Callable[[int, float], None] | None = None
-    ):
+    def __init__(self, path: Path, *, accept_drift: bool = False, on_drift: Callable[[int, float], None] | None = None):
         """Open or create; a torn tail is cut off so that the next event starts on a line of its own."""
         self.path = path
         self.events: list[Event] = []
@@ -173,9 +171,7 @@ def scores_to_json(scores: Mapping[str, Mapping[str, Any]] | None) -> Any:
     """task -> metric -> array, as JSON; None stays None."""
     if scores is None:
         return None
-    return {
-        t: {m: encode_array(np.asarray(a, dtype=np.float32)) for m, a in ms.items()} for t, ms in scores.items()
-    }
+    return {t: {m: encode_array(np.asarray(a, dtype=np.float32)) for m, a in ms.items()} for t, ms in scores.items()}
 
 
 def scores_from_json(data: Any) -> dict[str, dict[str, Any]] | None:

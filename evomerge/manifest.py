@@ -101,8 +101,7 @@ class Manifest:
     def from_json(cls, data: Mapping[str, Any]) -> Manifest:
         """Read what `to_json` wrote."""
         tensors = tuple(
-            TensorInfo(str(n), tuple(int(d) for d in s), str(t), str(b), int(o))
-            for n, s, t, b, o in data["tensors"]
+            TensorInfo(str(n), tuple(int(d) for d in s), str(t), str(b), int(o)) for n, s, t, b, o in data["tensors"]
         )
         return cls(str(data["base"]), dict(data["layers"]), tensors, dict(data["hashes"]))
 

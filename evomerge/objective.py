@@ -35,9 +35,7 @@ class Objective:
     def bind(cls, spec: FitnessSpec, base: Scores, baselines: Iterable[Scores]) -> Objective:
         """Take the references from the baselines' scores."""
         rows = [task_means(s, spec.tasks) for s in (base, *baselines)]
-        best = {
-            t.name: (max if METRICS[t.metric] == "higher" else min)(r[t.name] for r in rows) for t in spec.tasks
-        }
+        best = {t.name: (max if METRICS[t.metric] == "higher" else min)(r[t.name] for r in rows) for t in spec.tasks}
         return cls(spec, rows[0], best)
 
     def losses(self, scores: Scores, recipe: Recipe | None = None) -> NDArray[np.float64]:

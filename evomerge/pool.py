@@ -99,8 +99,13 @@ class Checkpoint:
         for name in sorted(self.tensors):
             t = self.tensors[name]
             total.update(f"{name}\0{t.dtype}\0{list(t.shape)}\0".encode())
-            total.update(memoryview(self.tensor(name).contiguous().view(-1).view(torch.uint8).numpy()))
+            total.update(raw_bytes(self.tensor(name)))
         return total.hexdigest()
+
+
+def raw_bytes(tensor: torch.Tensor) -> memoryview:
+    """A CPU tensor's bytes, without a copy where it is contiguous."""
+    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -145,18 +146,14 @@ def load_all_items(experiment: Experiment) -> dict[str, Any]:
     return {t.name: load_items(t, Path.cwd()) for t in experiment.tasks}
 
 
-def compile_plans(
-    experiment: Experiment, items: Mapping[str, Any], base: Any, shape: PlanShape
-) -> dict[str, Plan]:
+def compile_plans(experiment: Experiment, items: Mapping[str, Any], base: Any, shape: PlanShape) -> dict[str, Plan]:
     """Tokenise and lay out all tasks with the base's tokenizer. Raises UserError for items that do not fit."""
     from evomerge.merge.live import load_tokenizer
     from evomerge.score import make_scorer
 
     tokenizer = load_tokenizer(base.path)
     limit = int(base.config.get("max_position_embeddings", 1 << 30))
-    return {
-        t.name: make_scorer(t.kind).compile(t, items[t.name], tokenizer, limit, shape) for t in experiment.tasks
-    }
+    return {t.name: make_scorer(t.kind).compile(t, items[t.name], tokenizer, limit, shape) for t in experiment.tasks}
 
 
 def check_device(device: str) -> None:
@@ -178,7 +175,7 @@ def bind_spaces(experiment: Experiment, manifest: Manifest, dtype: Any) -> tuple
     for stage in experiment.stages:
         assert isinstance(stage.space, SpaceSpec)
         spaces.append(RuleSpace(stage.space, manifest, dtype))
-    for n, (coarse, fine) in enumerate(zip(spaces, spaces[1:], strict=False), 1):
+    for n, (coarse, fine) in enumerate(itertools.pairwise(spaces), 1):
         for corner in (0.0, 1.0):
             point = coarse.default * 0.0 + corner
             try:

@@ -88,7 +88,7 @@ class Terminal:
             self.note(text)
         self.note(
             f"{prepared.experiment.name}: {prepared.manifest.parameters:,} parameters, "
-            f"{len(prepared.manifest.experts)} experts, {stages}, {prepared.items['search'].count} search items, {budget}"
+            f"{prepared.experiment.name}: {prepared.manifest.parameters:,} parameters, "
         )
         self._start = self._first = time.monotonic()
 

@@ -63,9 +63,7 @@ class Match(_Part):
         """True where the rule is for this block."""
         if self.block is not None:
             return self.block == block.name
-        if self.layers is not None and (
-            block.layer is None or not self.layers[0] <= block.layer <= self.layers[1]
-        ):
+        if self.layers is not None and (block.layer is None or not self.layers[0] <= block.layer <= self.layers[1]):
             return False
         modules = (self.module,) if isinstance(self.module, str) else self.module
         return modules is None or block.module in modules
@@ -184,9 +182,7 @@ class Recipe(_Part):
                     if name not in self.sources:
                         raise ValueError(f"unknown source {name!r}{nearest(name, self.sources)}")
             if self.base not in self.sources:
-                raise ValueError(
-                    f"the base {self.base!r} is not among the sources{nearest(self.base, self.sources)}"
-                )
+                raise ValueError(f"the base {self.base!r} is not among the sources{nearest(self.base, self.sources)}")
         return self
 
     # -- reading and writing ----------------------------------------------------------------------------
@@ -296,9 +292,7 @@ class Recipe(_Part):
             return "tokenizer policy 'union' is not built by this version yet; use 'base'"
         for name, source in self.sources.items():
             if source.kind == "adapter":
-                return (
-                    f"source {name!r} is an adapter, which this version cannot build; merge it into a model first"
-                )
+                return f"source {name!r} is an adapter, which this version cannot build; merge it into a model first"
             if source.recipe is not None:
                 return f"source {name!r} is a nested recipe, which this version cannot build; export it first"
         return None
@@ -330,9 +324,7 @@ def _reduced(rule: Rule, block: str, base: str, manifest: Manifest) -> Rule | No
     if params.get("normalize") is True and method.delta == "none":
         total = sum(v["weight"] for v in sources.values())
         if abs(total) < 1e-6:
-            raise UserError(
-                f"merge rule for {block}: the weights of linear sum to {total:g} and cannot be normalised"
-            )
+            raise UserError(f"merge rule for {block}: the weights of linear sum to {total:g} and cannot be normalised")
     return Rule.model_construct(
         match=Match.model_construct(block=block, layers=None, module=None),
         method=rule.method,

@@ -1,4 +1,4 @@
-"""The straight line: config -> space -> ask -> recipe -> build -> score -> journal -> tell -> final. Read this first.
+"""The straight line: space -> ask -> recipe -> build -> score -> journal -> tell -> final. Read this first.
 
 Resuming is running again: as long as the journal still has events, `ask` and `score` replay them instead of
 writing and evaluating, and the same loop goes on where the last one was cut off.
@@ -29,9 +29,7 @@ from evomerge.search.base import Start
 from evomerge.session import Candidate, Session
 
 
-def run(
-    experiment: Experiment, out: Path, progress: Progress | None = None, accept_drift: bool = False
-) -> History:
+def run(experiment: Experiment, out: Path, progress: Progress | None = None, accept_drift: bool = False) -> History:
     """Run an experiment to its budget in the folder `out`, or go on where an earlier run there stopped.
 
     Raises UserError for bad input before anything is written; RunError where nothing could be scored.
@@ -125,9 +123,7 @@ def choose_winner(s: Session) -> Candidate:
         raise RunError("the base could not be scored on the select split; see the journal for the reason")
     losses = {c.id: float(objective.losses(e.scores)[0]) for c, e in scored if e.scores is not None}
     winner = min(losses, key=lambda i: (losses[i], i))
-    s.journal.record(
-        "final", finalists=sorted(losses), losses={str(i): x for i, x in losses.items()}, winner=winner
-    )
+    s.journal.record("final", finalists=sorted(losses), losses={str(i): x for i, x in losses.items()}, winner=winner)
     return finalists[winner]
 
 
@@ -138,9 +134,7 @@ def report_on(s: Session, winner: Candidate) -> None:
         pass
 
 
-def run_facts(
-    prepared: Prepared, first: Mapping[str, Any] | None, out: Path, progress: Progress
-) -> dict[str, Any]:
+def run_facts(prepared: Prepared, first: Mapping[str, Any] | None, out: Path, progress: Progress) -> dict[str, Any]:
     """The `run` event. Raises UserError where `out` holds another experiment."""
     facts = {
         "experiment_id": prepared.experiment_id,
@@ -156,9 +150,10 @@ def run_facts(
         raise UserError(f"{out}: holds another experiment; choose another folder with --out, or remove this one")
     if first["budget"] != facts["budget"]:
         raise UserError(f"{out}: its budget is {first['budget']}, not {facts['budget']}; a run keeps its budget")
-    if first["numerics"] != facts["numerics"]:
+    now = prepared.numerics()
+    if first["numerics"] != now:
         # The journal stays the authority: what it holds is told as recorded, new scores may differ in last bits.
-        changed = [k for k in facts["numerics"] if first["numerics"].get(k) != facts["numerics"][k]]
+        changed = [k for k in now if first["numerics"].get(k) != now[k]]
         progress.note(f"resuming with another {', '.join(changed)} than the run began with; last bits may differ")
         facts["numerics"] = first["numerics"]
     return facts

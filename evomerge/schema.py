@@ -44,9 +44,7 @@ def _first_line(model: type[BaseModel], error: ValidationError) -> str:
 
 def _is_tag(part: Any) -> bool:
     """pydantic puts the tried member of a union into the path; people do not know those names."""
-    return isinstance(part, str) and (
-        part[:1].isupper() or "[" in part or part in {"str", "int", "float", "literal"}
-    )
+    return isinstance(part, str) and (part[:1].isupper() or "[" in part or part in {"str", "int", "float", "literal"})
 
 
 def _fields_at(model: type[BaseModel], path: tuple[Any, ...]) -> set[str]:

@@ -1,0 +1,1 @@
+"""What leaves a run: checkpoints, mergekit configurations, and their verification."""

@@ -18,7 +18,7 @@ from evomerge.files import new_folder
 from evomerge.manifest import Manifest
 from evomerge.merge.bank import Bank
 from evomerge.merge.builder import Builder
-from evomerge.pool import ModelPool
+from evomerge.pool import ModelPool, raw_bytes
 from evomerge.recipe import Recipe
 from evomerge.yamlio import dump_yaml
 
@@ -48,7 +48,7 @@ def build_weights(recipe: Recipe, pool: ModelPool, manifest: Manifest) -> Mappin
 
 def tensor_sha256(tensor: Tensor) -> str:
     """sha256 of a tensor's bytes."""
-    return hashlib.sha256(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())).hexdigest()
+    return hashlib.sha256(raw_bytes(tensor)).hexdigest()
 
 
 def write_hf(
@@ -99,8 +99,7 @@ def write_hf(
 def recipe_with_paths(recipe: Recipe, pool: ModelPool) -> Recipe:
     """The recipe as people need it: with the folders of its sources."""
     sources = {
-        n: s.model_copy(update={"path": str(pool.checkpoints[n].path.resolve())})
-        for n, s in recipe.sources.items()
+        n: s.model_copy(update={"path": str(pool.checkpoints[n].path.resolve())}) for n, s in recipe.sources.items()
     }
     return recipe.model_copy(update={"sources": sources})
 

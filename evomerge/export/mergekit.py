@@ -40,9 +40,7 @@ def to_mergekit(recipe: Recipe, manifest: Manifest, paths: Mapping[str, Path]) -
     top_k = [(b, s) for b, r in rules.items() for s, c in r.sources.items() if c.get("density", 1.0) < 1.0]
     if top_k and recipe.dtype != "float32":
         # Equal magnitudes at the cut: we keep all, mergekit an arbitrary choice; rounded weights have many.
-        raise MergekitError(
-            "mergekit breaks ties of trimmed half-precision weights arbitrarily; use dtype float32"
-        )
+        raise MergekitError("mergekit breaks ties of trimmed half-precision weights arbitrarily; use dtype float32")
     models: list[dict[str, Any]] = []
     listed = [manifest.base, *experts] if name == "linear" else experts
     for source in listed:

@@ -73,16 +73,10 @@ def read_record(path: Path) -> dict[str, Any]:
     file = path / RECORD
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
-        if (
-            record["format"] != 1
-            or not isinstance(record["sources"], dict)
-            or not isinstance(record["tensors"], dict)
-        ):
+        if record["format"] != 1 or not isinstance(record["sources"], dict) or not isinstance(record["tensors"], dict):
             raise ValueError
     except OSError as e:
-        raise UserError(
-            f"{file}: cannot be read ({e.strerror}); expected a folder that evomerge exported"
-        ) from None
+        raise UserError(f"{file}: cannot be read ({e.strerror}); expected a folder that evomerge exported") from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{file}: is not an export record of this version") from None
     return dict(record)

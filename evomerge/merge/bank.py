@@ -55,6 +55,4 @@ class Bank:
         """The block of every source, without copying."""
         b = self.manifest.blocks[block]
         base = self.manifest.base
-        return BlockView(
-            b, self.flat[base][b.start : b.stop], {n: v[b.start : b.stop] for n, v in self.flat.items()}
-        )
+        return BlockView(b, self.flat[base][b.start : b.stop], {n: v[b.start : b.stop] for n, v in self.flat.items()})

@@ -32,9 +32,7 @@ class Builder:
 
     def views(self) -> Mapping[str, Tensor]:
         """Tensor name -> its view of the buffer, in the tensor's shape."""
-        return {
-            t.name: self.buffer[t.offset : t.offset + t.size].view(t.shape) for t in self.bank.manifest.tensors
-        }
+        return {t.name: self.buffer[t.offset : t.offset + t.size].view(t.shape) for t in self.bank.manifest.tensors}
 
     def build(self, recipe: Recipe) -> int:
         """Write a canonical recipe's weights; returns how many blocks changed.

@@ -8,6 +8,7 @@ right/wrong metrics and a (stratified) normal test else.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -77,7 +78,7 @@ def difference(a: NDArray[np.floating[Any]], b: NDArray[np.floating[Any]]) -> tu
     return mean, mean - half, mean + half, p
 
 
-def mean_over_tasks(values: list[NDArray[np.floating[Any]]]) -> tuple[float, float, float, float]:
+def mean_over_tasks(values: Sequence[NDArray[np.floating[Any]]]) -> tuple[float, float, float, float]:
     """Plain mean of the tasks' means, stratified 95% interval and two-sided p-value against 0."""
     rows = [np.asarray(v, dtype=np.float64) for v in values]
     mean = float(np.mean([r.mean() for r in rows]))
@@ -185,9 +186,7 @@ def text_table(history: History, split: str = "report") -> str:
     cells = {(s.model, s.task): f"{s.score:.3f} [{s.low:.2f}, {s.high:.2f}]" for s in r.table}
     n = {s.task: s.n for s in r.table}
     lines = [f"{_metric(history)} on the {split} split, 95% intervals"]
-    lines += _grid(
-        ["model", *(f"{t} (n={n[t]})" for t in tasks)], [[m, *(cells[m, t] for t in tasks)] for m in names]
-    )
+    lines += _grid(["model", *(f"{t} (n={n[t]})" for t in tasks)], [[m, *(cells[m, t] for t in tasks)] for m in names])
     if r.comparisons:
         rows = []
         for model in dict.fromkeys(c.model for c in r.comparisons):

@@ -79,8 +79,7 @@ def candidate(history: History, number: int) -> dict[str, Any]:
         means: dict[str, Any] = {}
         if result.scores is not None:
             means = {
-                t: {m: float(np.mean(c, dtype=np.float64)) for m, c in ms.items()}
-                for t, ms in result.scores.items()
+                t: {m: float(np.mean(c, dtype=np.float64)) for m, c in ms.items()} for t, ms in result.scores.items()
             }
         splits[split] = {
             "status": result.status,

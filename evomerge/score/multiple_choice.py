@@ -18,7 +18,6 @@ Columns, one value per item (s_c is the summed log-probability of choice c, in n
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -64,9 +63,7 @@ class MultipleChoice:
 
     # -- compile ------------------------------------------------------------------------------------------
 
-    def compile(
-        self, spec: TaskSpec, items: tuple[Item, ...], tokenizer: Any, limit: int, shape: PlanShape
-    ) -> Plan:
+    def compile(self, spec: TaskSpec, items: tuple[Item, ...], tokenizer: Any, limit: int, shape: PlanShape) -> Plan:
         """Tokenise and lay out every item.
 
         `limit` is the model's context length in tokens. Raises UserError naming the item where a choice
@@ -76,9 +73,7 @@ class MultipleChoice:
         closing: list[int] = []
         if spec.end_of_text:
             if tokenizer.eos_token_id is None:
-                raise UserError(
-                    f"task {spec.name!r}: end_of_text is set, but the tokenizer has no end-of-text token"
-                )
+                raise UserError(f"task {spec.name!r}: end_of_text is set, but the tokenizer has no end-of-text token")
             closing = [int(tokenizer.eos_token_id)]
         contexts, answers = [], []
         for item in items:
@@ -92,14 +87,7 @@ class MultipleChoice:
             answers.append(choices)
         shared = _common_prefix(contexts)
         shared = shared if shared >= MIN_PREFIX else 0
-        trees = tuple(
-            _tree(c[shared:], a, shared, item.gold) for c, a, item in zip(contexts, answers, items, strict=True)
-        )
-        # Character counts normalise scores; they are not in the tokens.
-        trees = tuple(
-            dataclasses.replace(t, lengths=tuple(len(c) for c in i.choices))
-            for t, i in zip(trees, items, strict=True)
-        )
+        trees = tuple(_tree(c[shared:], a, shared, item) for c, a, item in zip(contexts, answers, items, strict=True))
         return Plan(
             task=spec.name,
             kind=spec.kind,
@@ -174,7 +162,7 @@ def _encode(tokenizer: Any, context: str, item: Item, closing: list[int]) -> tup
     return ids, choices
 
 
-def _common_prefix(rows: Sequence[Sequence[int]]) -> int:
+def _common_prefix(rows: Sequence[list[int]]) -> int:
     """Length of the longest common prefix that leaves every row at least one token."""
     first, last = min(rows), max(rows)
     n = 0
@@ -183,7 +171,7 @@ def _common_prefix(rows: Sequence[Sequence[int]]) -> int:
     return min(n, min(len(r) for r in rows) - 1)
 
 
-def _tree(context: Sequence[int], choices: Sequence[Sequence[int]], offset: int, gold: int) -> ChoiceTree:
+def _tree(context: Sequence[int], choices: Sequence[Sequence[int]], offset: int, item: Item) -> ChoiceTree:
     """Lay one item out: context tokens, then each choice without its last token, which is only predicted."""
     tokens = list(context)
     positions = list(range(offset, offset + len(context)))
@@ -201,8 +189,16 @@ def _tree(context: Sequence[int], choices: Sequence[Sequence[int]], offset: int,
                 tokens.append(token)
                 positions.append(offset + len(context) + step)
                 segments.append(c + 1)
-    ints = [np.array(x, dtype=np.int32) for x in (tokens, positions, segments, rows, targets, owners)]
-    return ChoiceTree(*ints, lengths=(), gold=gold)
+    return ChoiceTree(
+        tokens=np.array(tokens, dtype=np.int32),
+        positions=np.array(positions, dtype=np.int32),
+        segments=np.array(segments, dtype=np.int32),
+        rows=np.array(rows, dtype=np.int32),
+        targets=np.array(targets, dtype=np.int32),
+        owners=np.array(owners, dtype=np.int32),
+        lengths=tuple(len(c) for c in item.choices),
+        gold=item.gold,
+    )
 
 
 def _batches(model: Any, plan: Plan, positions: tuple[int, ...]) -> Iterator[_Batch]:

@@ -34,6 +34,7 @@ class ChoiceTree:
     `tokens`, `positions`, `segments` have one entry per input token, shape (L,): segment 0 is the context
     behind the shared prefix, segment c + 1 the branch of choice c. Scored are `targets` at `rows` (indices
     into the input tokens) for choice `owners`; a choice's log-probability is the sum over its targets.
+    `lengths` are the choices' characters, by which `accuracy_norm` divides.
     """
 
     tokens: NDArray[np.int32]
@@ -76,9 +77,7 @@ class Plan:
 class Scorer(Protocol):
     """One kind of task: compile once, score many models."""
 
-    def compile(
-        self, spec: TaskSpec, items: tuple[Item, ...], tokenizer: Any, limit: int, shape: PlanShape
-    ) -> Plan:
+    def compile(self, spec: TaskSpec, items: tuple[Item, ...], tokenizer: Any, limit: int, shape: PlanShape) -> Plan:
         """Tokenise and lay out every item. Raises UserError for items that do not fit the model."""
         ...
 

@@ -44,7 +44,7 @@ class TaskSpec(BaseModel):
     kind: Literal["multiple_choice"] = "multiple_choice"
     data: str | None = Field(None, description="JSONL file that shares of `splits` are cut from")
     splits: Mapping[Split, float | str] = Field(
-        default_factory=lambda: {"search": 0.6, "select": 0.2, "report": 0.2},
+        default={"search": 0.6, "select": 0.2, "report": 0.2},
         description="each split: a share of `data`, or a JSONL file of its own",
     )
     group_by: str | None = Field(None, description="field whose equal values stay in one split")
@@ -106,9 +106,7 @@ def load_items(spec: TaskSpec, folder: Path) -> tuple[Item, ...]:
     ids: dict[str, Item] = {}
     for split in SPLITS:
         if not items[split]:
-            raise UserError(
-                f"task {spec.name!r}: the {split} split has no items; give it a larger share or a file"
-            )
+            raise UserError(f"task {spec.name!r}: the {split} split has no items; give it a larger share or a file")
         for item in items[split]:
             other = owner.setdefault(item.digest, item)
             if other.split != split:
@@ -118,9 +116,7 @@ def load_items(spec: TaskSpec, folder: Path) -> tuple[Item, ...]:
                 )
             same = ids.setdefault(item.id, item)
             if same is not item:
-                raise UserError(
-                    f"task {spec.name!r}: the id {item.id!r} stands twice, {same.where} and {item.where}"
-                )
+                raise UserError(f"task {spec.name!r}: the id {item.id!r} stands twice, {same.where} and {item.where}")
     return tuple(i for s in SPLITS for i in items[s])
 
 
@@ -180,9 +176,7 @@ def _item(spec: TaskSpec, line: str, where: str, place: str) -> tuple[Item, str]
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
         raise bad(f"{spec.choices!r} should be a list of two or more texts, got {choices!r}"[:200])
     if isinstance(gold, bool) or not isinstance(gold, int) or not 0 <= gold < len(choices):
-        raise bad(
-            f"{spec.gold!r} should be the position of the right choice, 0 to {len(choices) - 1}, got {gold!r}"
-        )
+        raise bad(f"{spec.gold!r} should be the position of the right choice, 0 to {len(choices) - 1}, got {gold!r}")
     prompt = render(spec.prompt, data, place)
     texts = tuple(render(spec.choice, {**data, "choice": c}, place) for c in choices)
     if len(set(texts)) < len(texts):

@@ -44,9 +44,7 @@ def make_options(algorithm: str, settings: Mapping[str, Any]) -> Any:
             raise UserError(f"search: {algorithm} has no setting {name!r}{nearest(name, fields)}")
         wants_int = "int" in str(fields[name].type)
         if isinstance(value, bool) or not isinstance(value, int if wants_int else int | float):
-            raise UserError(
-                f"search: {name} should be {'a whole number' if wants_int else 'a number'}, got {value!r}"
-            )
+            raise UserError(f"search: {name} should be {'a whole number' if wants_int else 'a number'}, got {value!r}")
     try:
         return options(**settings)
     except ValueError as e:

@@ -147,9 +147,7 @@ class LocalExecutor:
             self._failed_starts += 1
             if self._failed_starts >= STARTS:
                 reason = self._last_failure or f"exit status {code}"
-                raise RunError(
-                    f"no worker could be started in {STARTS} attempts ({reason}); see the messages above"
-                )
+                raise RunError(f"no worker could be started in {STARTS} attempts ({reason}); see the messages above")
         self._workers[i] = self._start(old.name)
         return f"signal {-code}" if code < 0 else f"exit status {code}"
 
