@@ -88,7 +88,8 @@ class Terminal:
             self.note(text)
         self.note(
             f"{prepared.experiment.name}: {prepared.manifest.parameters:,} parameters, "
-            f"{prepared.experiment.name}: {prepared.manifest.parameters:,} parameters, "
+            f"{len(prepared.manifest.experts)} experts, {stages}, "
+            f"{prepared.items['search'].count} search items, {budget}"
         )
         self._start = self._first = time.monotonic()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,10 +16,9 @@ MODELS = QUICKSTART / "models"
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
+def one_thread() -> None:
     """Tiny models run slower with two threads, and results are promised for one."""
     torch.set_num_threads(1)
-    yield
 
 
 @pytest.fixture(scope="session")
