@@ -39,6 +39,13 @@ class Models(_Part):
         return self
 
 
+class Floor(_Part):
+    """A price on forgetting: `penalty` per unit that a task's metric lies below the base's plus `margin`."""
+
+    penalty: float = Field(3.0, gt=0)
+    margin: float = Field(0.0, ge=0, description="in the metric's units; covers noise of the search items")
+
+
 class FitnessSpec(_Part):
     """What is good: tasks, and how their scores become one loss."""
 
@@ -49,6 +56,7 @@ class FitnessSpec(_Part):
         description="weighted_mean of the tasks' metrics, or of each task's gain over the base as a share of its "
         "best baseline's gain, with gains above 1 cut off",
     )
+    floor: Floor | None = Field(None, description="price on tasks that fall below the base")
 
     @model_validator(mode="after")
     def _consistent(self) -> FitnessSpec:

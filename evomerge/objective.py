@@ -24,7 +24,7 @@ class Objective:
     """A fitness bound to its references: `low` and `high` per task, in the metric's own direction.
 
     The references are the base's score and the best baseline's score on the items that are being scored;
-    `weighted_mean` needs none.
+    `weighted_mean` without a floor needs none.
     """
 
     spec: FitnessSpec
@@ -43,8 +43,16 @@ class Objective:
         total = sum(t.weight for t in self.spec.tasks)
         value = 0.0
         for task, mean in zip(self.spec.tasks, task_means(scores, self.spec.tasks).values(), strict=True):
-            value += task.weight / total * self._loss(task, mean)
+            value += task.weight / total * (self._loss(task, mean) + self._price(task, mean))
         return np.array([value])
+
+    def _price(self, task: TaskSpec, mean: float) -> float:
+        """What falling below the base costs; a mean over many tasks would hide it."""
+        if self.spec.floor is None:
+            return 0.0
+        sign = 1.0 if METRICS[task.metric] == "higher" else -1.0
+        short = sign * (self.low[task.name] - mean) + self.spec.floor.margin
+        return self.spec.floor.penalty * max(short, 0.0)
 
     def _loss(self, task: TaskSpec, mean: float) -> float:
         sign = -1.0 if METRICS[task.metric] == "higher" else 1.0
