@@ -8,6 +8,8 @@ history.evaluations              # one row per candidate and split
 
 from __future__ import annotations
 
+import sys
+import types
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -34,3 +36,14 @@ def run(
 
     loaded = load(experiment, overrides)
     return go(loaded, Path(out) if out is not None else Path("runs") / loaded.name)
+
+
+class _Package(types.ModuleType):
+    """Keeps `evomerge.run` the function: importing the module of that name would put the module in its place."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name == "run" and isinstance(value, types.ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -53,6 +53,9 @@ class Checkpoint:
                 f"{path}: architecture {self.model_type!r} is not supported{nearest(self.model_type, ARCHITECTURES)}"
             )
         self.architecture: Architecture = ARCHITECTURES[self.model_type]
+        layers = self.config.get("num_hidden_layers")
+        if isinstance(layers, bool) or not isinstance(layers, int) or layers < 1:
+            raise UserError(f"{path / 'config.json'}: num_hidden_layers should be a whole number, got {layers!r}")
         self._open: dict[Path, Any] = {}
         self.tensors: dict[str, StoredTensor] = {}
         for file in _weight_files(path):
@@ -157,7 +160,7 @@ def _check_names(c: Checkpoint) -> None:
             raise UserError(f"{c.path}: tensor {name!r} is stored as {t.dtype}; mergeable are {', '.join(DTYPES)}")
         if block.startswith("layers.") and int(block.split(".")[1]) >= c.layers:
             raise UserError(f"{c.path}: tensor {name!r} lies beyond the {c.layers} layers of config.json")
-    needed = [c.architecture.embed, *([] if c.tied else [c.architecture.head])]
+    needed = [c.architecture.embed, f"{c.architecture.final_norm}.weight", *([] if c.tied else [c.architecture.head])]
     for name in needed:
         if name not in c.tensors:
             raise UserError(f"{c.path}: tensor {name!r} is missing")
@@ -168,6 +171,11 @@ def _check_names(c: Checkpoint) -> None:
                 raise UserError(
                     f"{c.path}: layer {i} has no {module} tensors, but config.json counts {c.layers} layers"
                 )
+    parts = {(int(m[1]), m[2]) for n in c.tensors if (m := c.architecture.layer.fullmatch(n))}
+    for part in sorted({p for _, p in parts}):
+        for i in range(c.layers):
+            if (i, part) not in parts:
+                raise UserError(f"{c.path}: layer {i} has no {part!r}, but other layers do; the checkpoint is not whole")
 
 
 def _check_alike(base: Checkpoint, expert: Checkpoint, name: str) -> None:
@@ -199,7 +207,7 @@ def _check_tokenizers(base: Checkpoint, expert: Checkpoint, who: str) -> None:
     """Compare vocabularies; an expert without tokenizer files is taken to use the base's."""
     a, b = base.path / "tokenizer.json", expert.path / "tokenizer.json"
     if a.exists() and b.exists():
-        ta, tb = _vocabulary(_read_json(a)), _vocabulary(_read_json(b))
+        ta, tb = _vocabulary(a), _vocabulary(b)
         for token in sorted(set(ta) | set(tb)):
             if ta.get(token) != tb.get(token):
                 raise UserError(
@@ -211,13 +219,16 @@ def _check_tokenizers(base: Checkpoint, expert: Checkpoint, who: str) -> None:
         raise UserError(f"{who}: another tokenizer: tokenizer.model differs from the base's")
 
 
-def _vocabulary(tokenizer: dict[str, Any]) -> dict[str, int]:
-    model = tokenizer.get("model") or {}
-    vocab = model.get("vocab") or {}
-    if isinstance(vocab, list):  # Unigram: [token, log probability] in id order
-        vocab = {str(pair[0]): i for i, pair in enumerate(vocab)}
-    added = {str(t["content"]): int(t["id"]) for t in tokenizer.get("added_tokens") or ()}
-    return {**vocab, **added}
+def _vocabulary(path: Path) -> dict[str, int]:
+    tokenizer = _read_json(path)
+    try:
+        vocab = (tokenizer.get("model") or {}).get("vocab") or {}
+        if isinstance(vocab, list):  # Unigram: [token, log probability] in id order
+            vocab = {str(pair[0]): i for i, pair in enumerate(vocab)}
+        added = {str(t["content"]): int(t["id"]) for t in tokenizer.get("added_tokens") or ()}
+        return {**vocab, **added}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise UserError(f"{path}: holds no vocabulary that can be read") from None
 
 
 def notes_on(base: Checkpoint, experts: Mapping[str, Checkpoint]) -> Iterator[str]:

@@ -41,26 +41,29 @@ def run(experiment: Experiment, out: Path, progress: Progress | None = None, acc
     allowance = Allowance.of(experiment.search.budget, prepared.stages, prepared.items["search"].count)
     progress.begin(prepared, allowance)
 
-    with RunDirectory(out) as rundir:
-        if not rundir.resumed:
+    with (
+        RunDirectory(out) as rundir,
+        Journal(out / JOURNAL, accept_drift=accept_drift, on_drift=rundir.drift) as journal,
+    ):
+        # The journal's file comes first: a folder that has one, even an empty one, is ours to go on with.
+        if not journal.events:
             rundir.write_experiment(experiment.to_yaml())
-        with Journal(out / JOURNAL, accept_drift=accept_drift, on_drift=rundir.drift) as journal:
-            executor = make_executor(prepared.evaluator(), experiment.workers)
-            try:
-                session = Session(prepared, journal, Committer(journal, executor, rundir), progress)
-                journal.record("run", **facts)
-                for items in prepared.items.values():
-                    journal.record("items", id=items.id, name=items.name, ids=prepared.item_ids(items))
+        executor = make_executor(prepared.evaluator(), experiment.workers)
+        try:
+            session = Session(prepared, journal, Committer(journal, executor, rundir), progress)
+            journal.record("run", **facts)
+            for items in prepared.items.values():
+                journal.record("items", id=items.id, name=items.name, ids=prepared.item_ids(items))
 
-                score_baselines(session)
-                for n in range(len(prepared.stages)):
-                    search_stage(session, n, allowance, rundir)
-                winner = choose_winner(session)
-                report_on(session, winner)
+            score_baselines(session)
+            for n in range(len(prepared.stages)):
+                search_stage(session, n, allowance, rundir)
+            winner = choose_winner(session)
+            report_on(session, winner)
 
-                journal.record("stop", reason="budget")
-            finally:
-                executor.close()
+            journal.record("stop", reason="budget")
+        finally:
+            executor.close()
     progress.end()
     return History.read(out)
 

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -91,3 +92,129 @@ def _write_model(folder: Path, arch: str, seed: int, tied: bool, dtype: str, ove
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(MODELS / "skills-base" / file, folder / file)
     return folder
+
+
+# -- a small experiment: real search, real models, a second of work -------------------------------------------
+
+Items = list[dict[str, object]]
+
+OBJECTS = ("cat", "dog", "red ball", "big tree", "sun")
+
+
+def small_items(task: str, start: int, count: int) -> Items:
+    """Items of two kinds: sums with two to four choices of several tokens, and words behind a shared start."""
+    out: Items = []
+    for i in range(start, start + count):
+        if task == "sums":
+            choices = [str(3 * i + 7 + d) for d in range(2 + i % 3)]
+            item: dict[str, object] = {"question": f"{i}+{2 * i + 7}=", "choices": choices}
+        else:
+            first = OBJECTS[i % 5]
+            choices = [f" {w}" for w in (first, OBJECTS[(i + 1) % 5], OBJECTS[(i + 3) % 5])]
+            item = {"question": f"Once upon a time there was a {first} and number {i}. It was a", "choices": choices}
+        out.append({"id": f"{task}-{i}", **item, "gold": i % 2})
+    return out
+
+
+def write_items(path: Path, items: Items) -> Path:
+    path.write_text("".join(json.dumps(i) + "\n" for i in items), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_experiment(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An experiment file: tiny Llama base with two experts, two tasks of 12/6/8 items, 12 evaluations, inline."""
+    folder = tmp_path_factory.mktemp("small")
+    tasks = []
+    for task in ("sums", "words"):
+        splits = {}
+        at = 0
+        for split, count in (("search", 12), ("select", 6), ("report", 8)):
+            splits[split] = write_items(folder / f"{task}_{split}.jsonl", small_items(task, at, count)).name
+            at += count
+        tasks.append({"name": task, "splits": splits, "metric": "cross_entropy", "end_of_text": task == "sums"})
+    experiment = {
+        "name": "small",
+        "models": {
+            "base": str(tiny_model("llama", 0)),
+            "experts": {"one": str(tiny_model("llama", 1)), "two": str(tiny_model("llama", 2))},
+        },
+        "search_space": {
+            "method": "task_arithmetic",
+            "axes": {"weight": {"low": -0.5, "high": 1.5, "default": "uniform"}},
+        },
+        "fitness": {"tasks": tasks},
+        "search": {"algorithm": "cma-es", "seed": 3, "budget": {"evaluations": 12}, "population": 4, "finalists": 3},
+        "workers": {"backend": "inline", "device": "cpu"},
+    }
+    path = folder / "small.yaml"
+    path.write_text(json.dumps(experiment, indent=1), encoding="utf-8")  # JSON is YAML
+    return path
+
+
+@pytest.fixture(scope="session")
+def finished_run(small_experiment: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of the small experiment, inline. Read only; tests that write take `run_copy`."""
+    from evomerge.config import load
+    from evomerge.run import run
+
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("runs") / "small"
+    run(load(small_experiment), out)
+    return out
+
+
+@pytest.fixture
+def run_copy(finished_run: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run that a test may damage."""
+    return Path(shutil.copytree(finished_run, tmp_path / "run"))
+
+
+@pytest.fixture
+def experiment_with(small_experiment: Path) -> Callable[..., Any]:
+    """experiment_with(**{"search.seed": 2}) -> the small experiment with overrides."""
+    from evomerge.config import load
+
+    def make(**overrides: object) -> Any:
+        return load(small_experiment, overrides)
+
+    return make
+
+
+# -- hand-made pools without files ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def bank_of() -> Callable[..., Any]:
+    """bank_of({source: {tensor: Tensor}}, blocks={tensor: block}) -> a Bank over a hand-made manifest.
+
+    Without `blocks` the tensors become attention blocks of layers 0, 1, 2 ... in their order.
+    """
+    from evomerge.manifest import Manifest, lay_out
+    from evomerge.merge.bank import Bank
+
+    def make(sources: dict[str, dict[str, torch.Tensor]], blocks: dict[str, str] | None = None) -> Bank:
+        tensors = sources["base"]
+        blocks = blocks or {n: f"layers.{i}.attention" for i, n in enumerate(tensors)}
+        infos = lay_out([(n, tuple(t.shape), "F32", blocks[n]) for n, t in tensors.items()])
+        hashes = {s: f"{i:064x}" for i, s in enumerate(sources, 1)}
+        manifest = Manifest("base", dict.fromkeys(sources, len(tensors)), infos, hashes)
+        flat = {}
+        for source, given in sources.items():
+            flat[source] = torch.zeros(manifest.elements, dtype=next(iter(given.values())).dtype)
+            for info in infos:
+                flat[source][info.offset : info.offset + info.size] = given[info.name].reshape(-1)
+        return Bank(flat, manifest)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def recipe_over() -> Callable[..., Any]:
+    """recipe_over(manifest, *rules, dtype="float32") -> a canonical recipe."""
+    from evomerge.recipe import Recipe
+
+    def make(manifest: Any, *rules: dict[str, object], dtype: str = "float32") -> Recipe:
+        return Recipe.model_validate({"base": manifest.base, "dtype": dtype, "merge": list(rules)}).canonical(manifest)
+
+    return make

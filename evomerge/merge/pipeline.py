@@ -9,12 +9,16 @@ not depend on the order in which a recipe names them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from evomerge.errors import RunError
 from evomerge.merge.bank import BlockView
 from evomerge.merge.methods import METHODS, Method
 from evomerge.recipe import Rule
@@ -33,23 +37,25 @@ class Sketches:
 
     sorted: dict[tuple[str, str], Tensor] = field(default_factory=dict)
 
-    def threshold(self, source: str, tensor: str, delta: Tensor, density: float) -> float:
-        """The k-th largest |tau| with k = max(1, int(density n)); 0 where everything is kept.
+    def threshold(self, source: str, tensor: str, size: int, density: float, delta: Callable[[], Tensor]) -> float:
+        """The k-th largest |tau| of `size` with k = max(1, int(density size)); 0 where everything is kept, NaN
+        where tau is not finite.
 
         Entries that tie with the k-th are all kept, as in the TIES authors' code (mergekit keeps an arbitrary
-        choice of exactly k). `delta` is the whole tensor's tau in fp32.
+        choice of exactly k). `delta()` is the whole tensor's tau in fp32; it is asked for once.
         """
-        n = delta.numel()
-        k = max(1, int(density * n))
-        if k >= n:
+        k = max(1, int(density * size))
+        if k >= size:
             return 0.0
         key = (source, tensor)
         if key not in self.sorted:
-            self.sorted[key] = delta.abs().sort(descending=True).values.cpu()
-        return float(self.sorted[key][k - 1])
+            self.sorted[key] = delta().abs_().sort(descending=True).values.cpu()
+        table = self.sorted[key]
+        # NaN and infinities sort first; trimming could hide them.
+        return float(table[k - 1]) if bool(table[0].isfinite()) else math.nan
 
 
-class BuildError(RuntimeError):
+class BuildError(RunError):
     """The recipe does not build a usable model; the text is the reason."""
 
 
@@ -66,25 +72,36 @@ def apply(out: Tensor, view: BlockView, rule: Rule, sketches: Sketches) -> Tenso
         total = sum(weights)
         weights = [w / total for w in weights]
     lam = float(rule.params.get("lambda", 1.0))
-    chunk = CHUNK_GPU if out.is_cuda else CHUNK_CPU
+    # Only trimming knows tensors; else the block is one run, alignment gaps (zeros) included.
+    spans = view.spans() if method.sparsify == "top_k" else [("", 0, len(out))]
+    chunk = min(CHUNK_GPU if out.is_cuda else CHUNK_CPU, max(stop - start for _, start, stop in spans))
+    scratch = torch.empty(len(names) + 4, chunk, dtype=torch.float32, device=out.device)
     health = torch.zeros((), dtype=torch.float32, device=out.device)
-    for tensor, start, stop in view.spans():
+    for tensor, start, stop in spans:
         thresholds = _thresholds(method, rule, names, tensor, view, start, stop, sketches)
+        if any(math.isnan(t) for t in thresholds):
+            return health.fill_(math.nan)
         for a in range(start, stop, chunk):
             b = min(a + chunk, stop)
             base = view.base[a:b].float() if method.delta == "base" else None
             sources = [view.sources[n][a:b] for n in names]
+            written = out[a:b]
+            room = scratch[:, : b - a]
+            # In fp32 the accumulator is the target itself; else it is rounded once at the end.
+            merged = written if out.dtype == torch.float32 else room[-1]
             if method.consensus == "none":
-                merged = _sum(sources, base, weights, thresholds)
+                _sum(merged, room, sources, base, weights, thresholds)
             else:
-                merged = _elected(sources, base, weights, thresholds, normalize=bool(rule.params["normalize"]))
+                _elected(merged, room, sources, base, weights, thresholds, normalize=bool(rule.params["normalize"]))
             if lam != 1.0:
                 merged.mul_(lam)
             if base is not None:
                 merged.add_(base)
-            out[a:b].copy_(merged)
-            # Any NaN or infinity survives a sum; zero times the sum stays 0 for finite values.
-            health.add_(merged.sum() * 0.0)
+            if merged is not written:
+                written.copy_(merged)
+            # Any NaN or infinity survives a sum; zero times the sum stays 0 for finite values. A cast to float16
+            # may overflow, so there what was written counts.
+            health.add_((written if out.dtype == torch.float16 else merged).sum(dtype=torch.float32) * 0.0)
     return health
 
 
@@ -103,54 +120,79 @@ def _thresholds(
         return [0.0] * len(names)
     out = []
     for n in names:
+        source, base = view.sources[n][start:stop], view.base[start:stop]
         density = rule.sources[n]["density"]
-        if density >= 1.0:
-            out.append(0.0)
-            continue
-        delta = view.sources[n][start:stop].float() - view.base[start:stop].float()
-        out.append(sketches.threshold(n, tensor, delta, density))
+        out.append(sketches.threshold(n, tensor, stop - start, density, partial(_whole_delta, source, base)))
     return out
 
 
-def _delta(source: Tensor, base: Tensor | None, threshold: float) -> Tensor:
+def _whole_delta(source: Tensor, base: Tensor) -> Tensor:
+    return source.float() - base.float()
+
+
+def _delta(out: Tensor, source: Tensor, base: Tensor | None, threshold: float) -> Tensor:
     """tau in fp32 (or the weights themselves where a method has no base), trimmed below the threshold."""
-    tau = source.float() if base is None else torch.sub(source, base)
+    if base is None:
+        out.copy_(source)
+    elif source.dtype == base.dtype:
+        torch.sub(source, base, out=out)
+    else:  # widening first is faster than a subtraction of mixed types
+        out.copy_(source).sub_(base)
     if threshold > 0.0:
-        tau = tau.masked_fill(tau.abs() < threshold, 0.0)
-    return tau
+        # hardshrink keeps |x| > limit; with the float just below, it keeps |x| >= threshold. (masked_fill_ and
+        # where are not vectorised on the CPU and take 25 times as long.)
+        torch.hardshrink(out, np.nextafter(np.float32(threshold), np.float32(0)).item(), out=out)
+    return out
 
 
-def _sum(sources: list[Tensor], base: Tensor | None, weights: list[float], thresholds: list[float]) -> Tensor:
-    """sum_i w_i tau_i."""
-    total = _delta(sources[0], base, thresholds[0]) * weights[0]
+def _sum(
+    total: Tensor,
+    room: Tensor,
+    sources: list[Tensor],
+    base: Tensor | None,
+    weights: list[float],
+    thresholds: list[float],
+) -> None:
+    """total = sum_i w_i tau_i. `room` is scratch of shape (n_sources + 4, chunk)."""
+    tau = room[0]
+    _delta(total, sources[0], base, thresholds[0]).mul_(weights[0])
     for source, w, t in zip(sources[1:], weights[1:], thresholds[1:], strict=True):
-        total.add_(_delta(source, base, t), alpha=w)
-    return total
+        total.add_(_delta(tau, source, base, t), alpha=w)
 
 
 def _elected(
-    sources: list[Tensor], base: Tensor | None, weights: list[float], thresholds: list[float], *, normalize: bool
-) -> Tensor:
-    """Sum (or mean by agreeing weights) of the entries whose sign agrees with the sum's; a zero sum counts as +."""
-    weighted = [_delta(s, base, t) * w for s, w, t in zip(sources, weights, thresholds, strict=True)]
-    mass = weighted[0].clone()
-    for d in weighted[1:]:
-        mass.add_(d)
-    positive = mass >= 0.0
-    total = torch.zeros_like(mass)
-    share = torch.zeros_like(mass)
-    for d, w in zip(weighted, weights, strict=True):
-        agrees = torch.where(positive, d > 0.0, d < 0.0)
-        total.add_(torch.where(agrees, d, 0.0))
+    total: Tensor,
+    room: Tensor,
+    sources: list[Tensor],
+    base: Tensor | None,
+    weights: list[float],
+    thresholds: list[float],
+    *,
+    normalize: bool,
+) -> None:
+    """total = sum (or mean by agreeing weights) of the entries whose sign agrees with the sum's; a zero sum counts as +.
+
+    With the elected sign s, an entry d agrees where s d > 0; so s max(s d, 0) is d or 0.
+    """
+    n = len(sources)
+    spare, share = room[n], room[n + 1]
+    for i, (source, w, t) in enumerate(zip(sources, weights, thresholds, strict=True)):
+        weighted = _delta(room[i], source, base, t).mul_(w)
+        if i == 0:
+            total.copy_(weighted)
+        else:
+            total.add_(weighted)
+    sign = torch.ge(total, 0.0, out=room[n + 2]).mul_(2.0).sub_(1.0)
+    total.mul_(0.0)  # zeros; a NaN, which agrees with no sign, must not vanish
+    share.zero_()
+    for i, w in enumerate(weights):
+        agreeing = torch.mul(room[i], sign, out=spare).clamp_(min=0.0)
+        total.add_(agreeing)
         if normalize:
-            share.add_(agrees, alpha=w)
+            share.add_(agreeing.sign_(), alpha=w)
     if normalize:
         # Weights are multiples of 1e-6, so a smaller sum is a cancelled one (opposite signs): divide by 1, as
         # mergekit does for an exact zero. It lets rounding residues through, which blow the weights up.
-        total.div_(torch.where(share.abs() < 5e-7, 1.0, share))
-    return total
-
-
-def prepared_bytes(method: str, tables: Mapping[str, int]) -> int:
-    """Memory of the sketches that a method needs, for sources with the given number of weights."""
-    return 4 * sum(tables.values()) if METHODS[method].sparsify == "top_k" else 0
+        cancelled = torch.lt(torch.abs(share, out=spare), 5e-7, out=spare)
+        total.div_(share.add_(cancelled))
+    total.mul_(sign)

@@ -27,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from evomerge.errors import UserError
+from evomerge.errors import RunError, UserError
 from evomerge.score.plan import ChoiceTree, Plan, PlanShape
 from evomerge.score.tasks import SPLITS, Item, TaskSpec
 
@@ -35,7 +35,7 @@ MIN_PREFIX = 16
 """Tokens. A shorter common prefix is cheaper to run with every item than to keep as keys and values."""
 
 
-class NonFinite(RuntimeError):
+class NonFinite(RunError):
     """The model's logits are NaN or infinite."""
 
 
@@ -46,7 +46,7 @@ class _Batch:
 
     tokens: Tensor  # (B, L)
     positions: Tensor  # (B, L)
-    mask: Tensor  # (B, 1, L, P + L), additive
+    mask: Tensor | dict[str, Tensor]  # (B, 1, L, P + L), additive; by type of layer where a model has two
     answers: Tensor  # (R,) into B * L
     pick_rows: Tensor  # (C, T) into R
     pick_tokens: Tensor  # (C, T)
@@ -242,7 +242,7 @@ def _batch(model: Any, plan: Plan, positions: tuple[int, ...], group: list[int])
     return _Batch(
         tokens=torch.from_numpy(tokens).to(device),
         positions=torch.from_numpy(place).to(device),
-        mask=_mask(model.config, segment, place, len(plan.prefix)).to(device, weight.dtype),
+        mask=_masks(model.config, segment, place, len(plan.prefix), weight),
         answers=torch.tensor(list(answers), device=device),
         pick_rows=torch.from_numpy(pick[0]).to(device),
         pick_tokens=torch.from_numpy(pick[1]).to(device),
@@ -252,29 +252,37 @@ def _batch(model: Any, plan: Plan, positions: tuple[int, ...], group: list[int])
     )
 
 
-def _mask(config: Any, segment: NDArray[np.int64], place: NDArray[np.int64], prefix: int) -> Tensor:
-    """Additive mask (B, 1, L, P + L): a token sees the prefix, its item's context and its own branch, causally."""
+def _masks(
+    config: Any, segment: NDArray[np.int64], place: NDArray[np.int64], prefix: int, like: Tensor
+) -> Tensor | dict[str, Tensor]:
+    """Additive mask (B, 1, L, P + L): a token sees the prefix, its item's context and its own branch, causally.
+
+    Models whose layers differ in their attention window get one by type of layer, as transformers takes them.
+    """
     length = segment.shape[1]
     causal = np.tril(np.ones((length, length), dtype=bool))
     query, key = segment[:, :, None], segment[:, None, :]
     allowed = causal & ((query == key) | ((key == 0) & (query >= 0)))
     allowed = np.concatenate([np.ones((*segment.shape, prefix), dtype=bool), allowed], axis=2)
-    window = _window(config)
-    if window is not None:
-        columns = np.broadcast_to(np.arange(prefix), (segment.shape[0], prefix))
-        keys = np.concatenate([columns, place], axis=1)
-        allowed &= place[:, :, None] - keys[:, None, :] < window
-    mask = torch.zeros(allowed.shape, dtype=torch.float32)
-    mask.masked_fill_(~torch.from_numpy(allowed), torch.finfo(torch.float16).min)
-    return mask[:, None]
+    columns = np.broadcast_to(np.arange(prefix), (segment.shape[0], prefix))
+    back = place[:, :, None] - np.concatenate([columns, place], axis=1)[:, None, :]
+    masks = {}
+    for kind, window in _windows(config).items():
+        seen = allowed if window is None else allowed & (back < window)
+        mask = torch.zeros(seen.shape, dtype=torch.float32)
+        mask.masked_fill_(~torch.from_numpy(seen), torch.finfo(torch.float16).min)
+        masks[kind] = mask[:, None].to(like.device, like.dtype)
+    return masks if len(masks) > 1 else masks.popitem()[1]
 
 
-def _window(config: Any) -> int | None:
-    """Sliding attention window in tokens, where all layers have one."""
-    if getattr(config, "use_sliding_window", True) is False:
-        return None
+def _windows(config: Any) -> dict[str, int | None]:
+    """Type of layer -> sliding attention window in tokens, None for full attention."""
     window = getattr(config, "sliding_window", None)
-    return None if window is None else int(window)
+    if getattr(config, "use_sliding_window", True) is False:
+        window = None
+    everywhere = ["full_attention" if window is None else "sliding_attention"]
+    kinds = getattr(config, "layer_types", None) or everywhere
+    return {k: int(window) if window is not None and k == "sliding_attention" else None for k in sorted(set(kinds))}
 
 
 def _prefix_cache(model: Any, plan: Plan) -> Any:

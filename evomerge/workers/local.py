@@ -105,10 +105,11 @@ class LocalExecutor:
     def close(self) -> None:
         """Stop all workers at once."""
         self._queue.clear()
-        for worker in self._workers:
+        workers, self._workers = self._workers, []
+        for worker in workers:
             worker.pipe.close()
             worker.process.kill()
-        for worker in self._workers:
+        for worker in workers:
             worker.process.wait()
 
     @property

@@ -1,0 +1,350 @@
+"""Figures measured side by side with what they are compared with, in one process, written beside this file.
+
+    make bench                       # all
+    python experiments/benchmarks/bench.py build score      # some
+
+Ratios count; absolute times belong to the machine that is named in the output. Every comparison also checks that
+both sides computed the same thing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+
+from evomerge.manifest import Manifest
+from evomerge.merge.bank import Bank
+from evomerge.merge.builder import Builder
+from evomerge.merge.live import live_model
+from evomerge.pool import ModelPool
+from evomerge.recipe import Recipe
+from evomerge.score.multiple_choice import MultipleChoice
+from evomerge.score.plan import Plan, PlanShape
+from evomerge.score.tasks import Item, TaskSpec
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+Row = dict[str, Any]
+
+
+def timed(f: Callable[[], object], repeats: int) -> float:
+    """Median seconds of a call, after one call that does not count."""
+    f()
+    seconds = []
+    for _ in range(repeats):
+        _synchronise()
+        start = time.perf_counter()
+        f()
+        _synchronise()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def _synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def device() -> torch.device:
+    return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+
+
+# -- a model of about 28 million parameters --------------------------------------------------------------------
+
+
+def llama_config(vocabulary: int, layers: int, width: int) -> Any:
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=width * 8 // 3 // 32 * 32,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        num_key_value_heads=width // 128,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+    )
+
+
+def write_pool(folder: Path, experts: int, dtype: torch.dtype) -> tuple[ModelPool, Manifest]:
+    """A random base and experts 1e-3 away from it."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(llama_config(16384, 12, 384), dtype=dtype)
+    model.save_pretrained(folder / "base")
+    paths = {}
+    for i in range(experts):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(torch.randn_like(p) * 1e-3)
+        paths[f"e{i}"] = folder / f"e{i}"
+        model.save_pretrained(paths[f"e{i}"])
+    pool = ModelPool.open(folder / "base", paths)
+    return pool, pool.manifest()
+
+
+def build() -> list[Row]:
+    """Building a candidate in place against a fresh state dict and load_state_dict, and against itself by method."""
+    from transformers import AutoModelForCausalLM
+
+    rows: list[Row] = []
+    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        with tempfile.TemporaryDirectory() as temporary:
+            pool, manifest = write_pool(Path(temporary), 3, dtype)
+            bank = Bank.load(pool, manifest, device())
+            builder = Builder(bank, name)
+            recipes = [_recipe("task_arithmetic", w, name, manifest) for w in (0.3, 0.4)]
+            ties = [_recipe("ties", w, name, manifest) for w in (0.3, 0.4)]
+
+            sources = {
+                n: {t.name: c.tensor(t.name).to(device()) for t in manifest.tensors}
+                for n, c in pool.checkpoints.items()
+            }
+            model = AutoModelForCausalLM.from_pretrained(Path(temporary) / "base", dtype=dtype).to(device())
+
+            def fresh(weight: float) -> dict[str, torch.Tensor]:
+                out = {}
+                for key, base in sources["base"].items():
+                    b = base.float()
+                    total = b.clone()
+                    for e in manifest.experts:
+                        total += weight * (sources[e][key].float() - b)
+                    out[key] = total.to(base.dtype)
+                return out
+
+            turn = [0]
+
+            def in_place(pair: list[Recipe]) -> None:
+                turn[0] += 1
+                builder.build(pair[turn[0] % 2])
+
+            def state_dict() -> None:
+                turn[0] += 1
+                state = fresh((0.3, 0.4)[turn[0] % 2])
+                state["lm_head.weight"] = state["model.embed_tokens.weight"]
+                model.load_state_dict(state)
+
+            ours = timed(lambda: in_place(recipes), 9)
+            theirs = timed(state_dict, 9)
+            ties_seconds = timed(lambda: in_place(ties), 5)
+            builder.build(recipes[0])
+            worst = max(float((builder.views()[k].float() - v.float()).abs().max()) for k, v in fresh(0.3).items())
+            copy = timed(lambda: builder.buffer.copy_(bank.flat["base"]), 9)
+            moved = manifest.elements * dtype.itemsize
+            rows.append(
+                {
+                    "what": f"build, {manifest.parameters / 1e6:.1f}M parameters, 3 experts, {name}",
+                    "in place ms": ours * 1e3,
+                    "state dict + load_state_dict ms": theirs * 1e3,
+                    "ratio": theirs / ours,
+                    "TIES ms": ties_seconds * 1e3,
+                    "TIES / dense": ties_seconds / ours,
+                    "share of copy bandwidth": (5 * moved / ours) / (2 * moved / copy),
+                    "largest difference": worst,
+                }
+            )
+    return rows
+
+
+def _recipe(method: str, weight: float, dtype: str, manifest: Manifest) -> Recipe:
+    coefficients = {"weight": weight, **({"density": 0.5} if method == "ties" else {})}
+    rule = {"method": method, "sources": {e: coefficients for e in manifest.experts}}
+    return Recipe.model_validate({"dtype": dtype, "merge": [rule]}).canonical(manifest)
+
+
+# -- scoring ---------------------------------------------------------------------------------------------------
+
+
+def score() -> list[Row]:
+    """Our plan against padded batches with full logits, on four multi-token choices behind a shared prefix."""
+    from transformers import AutoModelForCausalLM
+
+    rows = []
+    for prefix in (256, 0):
+        torch.manual_seed(0)
+        rng = np.random.Generator(np.random.PCG64(0))
+        with tempfile.TemporaryDirectory() as temporary:
+            config = llama_config(32000, 4, 384)
+            AutoModelForCausalLM.from_config(config).save_pretrained(temporary)
+            checkpoint = ModelPool.open(Path(temporary), {})
+            manifest = checkpoint.manifest()
+            builder = Builder(Bank.load(checkpoint, manifest, device()), "float32")
+            model = live_model(Path(temporary), builder.views(), "float32")
+            builder.build(Recipe.model_validate({"merge": []}).canonical(manifest))
+
+            items = _items(rng, n=24, prefix=prefix, context=40, answer=6)
+            plan = _plan(items, PlanShape(16384 if device().type == "cuda" else 1024))
+            scorer = MultipleChoice()
+            positions = tuple(range(len(items)))
+            ours = timed(lambda: scorer.choice_logprobs(model, plan, positions), 3)
+            theirs = timed(lambda: _padded(model, items), 3)
+            worst = max(
+                float(np.abs(a - b).max())
+                for a, b in zip(scorer.choice_logprobs(model, plan, positions), _padded(model, items), strict=True)
+            )
+            rows.append(
+                {
+                    "what": f"score, {len(items)} items, 4 choices of 6 tokens, prefix {prefix}, vocabulary 32000",
+                    "plan ms": ours * 1e3,
+                    "padded full logits ms": theirs * 1e3,
+                    "ratio": theirs / ours,
+                    "largest difference of a 6-token sum": worst,
+                }
+            )
+    return rows
+
+
+Tokens = list[int]
+
+
+def _items(
+    rng: np.random.Generator, n: int, prefix: int, context: int, answer: int
+) -> list[tuple[Tokens, list[Tokens]]]:
+    shared = rng.integers(3, 32000, prefix).tolist()
+    out = []
+    for _ in range(n):
+        length = int(rng.integers(context // 2, context * 3 // 2))
+        choices = [rng.integers(3, 32000, answer).tolist() for _ in range(4)]
+        out.append((shared + rng.integers(3, 32000, length).tolist(), choices))
+    return out
+
+
+class _Words:
+    """A tokenizer for numbers separated by blanks, so that token sequences can be chosen freely."""
+
+    eos_token_id = None
+
+    def __call__(self, text: str) -> dict[str, Tokens]:
+        return {"input_ids": [int(w) for w in text.split()]}
+
+
+def _plan(items: list[tuple[Tokens, list[Tokens]]], shape: PlanShape) -> Plan:
+    spec = TaskSpec(name="bench", splits={"search": "-", "select": "-", "report": "-"})
+    records = tuple(
+        Item(
+            str(i),
+            "search",
+            " ".join(map(str, c)),
+            tuple(" " + " ".join(map(str, a)) for a in choices),
+            0,
+            str(i),
+            str(i),
+        )
+        for i, (c, choices) in enumerate(items)
+    )
+    return MultipleChoice().compile(spec, records, _Words(), 2048, shape)
+
+
+@torch.inference_mode()
+def _padded(model: Any, items: list[tuple[Tokens, list[Tokens]]], batch: int = 8) -> list[np.ndarray]:
+    """The usual way: every (context, choice) pair a padded row, logits at every position."""
+    place = device()
+    rows = [(c + a, len(c), len(a)) for c, choices in items for a in choices]
+    sums: list[float] = []
+    for at in range(0, len(rows), batch):
+        part = rows[at : at + batch]
+        longest = max(len(r[0]) for r in part)
+        ids = torch.tensor([r[0] + [0] * (longest - len(r[0])) for r in part], device=place)
+        mask = torch.tensor([[1] * len(r[0]) + [0] * (longest - len(r[0])) for r in part], device=place)
+        logp = model(input_ids=ids, attention_mask=mask).logits.float().log_softmax(-1)
+        for i, (tokens, context, answer) in enumerate(part):
+            span = torch.arange(context - 1, context + answer - 1)
+            sums.append(float(logp[i, span, torch.tensor(tokens[context:])].sum()))
+    return [np.array(sums[i * 4 : i * 4 + 4]) for i in range(len(items))]
+
+
+# -- the whole -------------------------------------------------------------------------------------------------
+
+
+def demo() -> list[Row]:
+    """`evomerge run quickstart`, start to table: wall time and the peak resident memory of all its processes."""
+    with tempfile.TemporaryDirectory() as temporary:
+        command = [sys.executable, "-m", "evomerge", "run", "quickstart", "--out", f"{temporary}/run", "--json"]
+        start = time.perf_counter()
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        peak = 0
+        while process.poll() is None:
+            peak = max(peak, _resident(process.pid))
+            time.sleep(0.2)
+        seconds = time.perf_counter() - start
+        assert process.stdout is not None
+        result = json.loads(process.stdout.read())
+        means = {s["model"]: s["score"] for s in result["table"] if s["task"] == "mean"}
+        return [
+            {"what": "quickstart, start to table", "s": seconds, "peak MiB": peak / 2**20}
+            | {
+                "winner": means["winner"],
+                "best expert": max(v for k, v in means.items() if k not in ("winner", "base", "uniform")),
+            }
+        ]
+
+
+def _resident(pid: int) -> int:
+    try:
+        main = psutil.Process(pid)
+        return sum(p.memory_info().rss for p in [main, *main.children(recursive=True)])
+    except psutil.Error:
+        return 0
+
+
+BENCHES: dict[str, Callable[[], list[Row]]] = {"build": build, "score": score, "demo": demo}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("which", nargs="*", help=f"of {', '.join(BENCHES)}; default all")
+    parser.add_argument("--to", type=Path, help="folder for the results (default: beside this file)")
+    args = parser.parse_args()
+    which = args.which or list(BENCHES)
+    if unknown := set(which) - set(BENCHES):
+        parser.error(f"unknown benchmark {min(unknown)!r}; known: {', '.join(BENCHES)}")
+    torch.set_num_threads(1)
+    machine = {
+        "date": date.today().isoformat(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU, one thread",
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        **{p: version(p) for p in ("torch", "transformers", "numpy", "cma")},
+    }
+    rows = []
+    for name in which:
+        for row in BENCHES[name]():
+            print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{v}" for k, v in row.items()), flush=True)
+            rows.append(row)
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    folder = args.to or HERE
+    path = folder / f"{machine['date']}-{kind}.json"
+    path.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    print(f"wrote {path}")
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+if __name__ == "__main__":
+    main()

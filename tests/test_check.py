@@ -1,0 +1,79 @@
+"""`evomerge check`: what it counts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from evomerge.check import check, text
+from evomerge.errors import UserError
+from evomerge.prepare import prepare
+
+
+def test_counts_are_those_of_the_run(experiment_with: Callable[..., Any]) -> None:
+    """Parameters, items, tokens, axes and candidates agree with what a run would prepare."""
+    experiment = experiment_with()
+    c, p = check(experiment), prepare(experiment)
+
+    assert c.parameters == p.manifest.parameters
+    assert c.items == {s: {"sums": n, "words": n} for s, n in (("search", 12), ("select", 6), ("report", 8))}
+    assert c.candidates == 12
+    assert c.stages == ({"method": "task_arithmetic", "groups": 1, "axes": 2},)
+    assert c.experiment_id == p.experiment_id
+    plan = p.plans["words"]
+    words = len(plan.prefix) + sum(len(plan.trees[i].tokens) for i in plan.splits["search"])
+    assert words < c.tokens_per_candidate <= sum(p.input_tokens for p in p.plans.values())
+    assert c.seconds_at_least is not None
+    assert json.loads(json.dumps(c.to_json()))["dtype"] == "float32"
+
+
+def test_memory_counts_bank_buffer_and_sketches(experiment_with: Callable[..., Any]) -> None:
+    """Three sources and one buffer of fp32; TIES adds sorted magnitudes of every expert."""
+    plain = check(experiment_with())
+    ties = check(experiment_with(**{"search_space.method": "ties"}))
+
+    elements = prepare(experiment_with()).manifest.elements
+    assert plain.memory_bytes == 4 * elements * 4
+    assert ties.memory_bytes == plain.memory_bytes + 2 * elements * 4
+
+
+def test_time_budgets_have_no_number_of_candidates(experiment_with: Callable[..., Any]) -> None:
+    """Under a budget of minutes nothing is promised about candidates or seconds."""
+    c = check(experiment_with(**{"search.budget": {"minutes": 1.0}}))
+
+    assert (c.candidates, c.seconds_at_least) == (None, None)
+    assert "limited by time" in text(c)
+
+
+def test_text_names_what_people_look_for(experiment_with: Callable[..., Any], tiny_model: Any) -> None:
+    """Models, items, work, memory and notes each have their line."""
+    expert = tiny_model("llama", 1, name="noted")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (expert / file).unlink()
+    lines = text(check(experiment_with(**{"models.experts.one": str(expert)}))).splitlines()
+
+    assert [line.split()[0] for line in lines[:3]] == ["small:", "models", "stage"]
+    assert "26 items" not in lines[3]
+    assert "24 items: sums 12, words 12" in lines[3]
+    assert any(line.startswith("note     expert 'one': no tokenizer files") for line in lines)
+
+
+def test_a_budget_too_small_for_its_stages(experiment_with: Callable[..., Any]) -> None:
+    """Item evaluations that do not pay for one candidate are refused."""
+    with pytest.raises(UserError, match="stage 1 gets no candidate"):
+        check(experiment_with(**{"search.budget": {"item_evaluations": 20}}))
+
+
+def test_check_touches_no_gpu(experiment_with: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a device of cpu no CUDA call is made."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("CUDA was initialised")
+
+    monkeypatch.setattr(torch.cuda, "_lazy_init", refuse)
+
+    assert check(experiment_with()).device == "cpu"

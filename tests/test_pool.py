@@ -1,0 +1,358 @@
+"""ModelPool: what it accepts, what it hashes, and how it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from evomerge.errors import UserError
+from evomerge.pool import Checkpoint, ModelPool
+
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def change_config(folder: Path, **values: object) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config.update(values)
+    path.write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
+
+
+def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    path = folder / "model.safetensors"
+    tensors = {n: t.clone() for n, t in load_file(path).items()}
+    change(tensors)
+    save_file(tensors, path, {"format": "pt"})
+
+
+def sharded(folder: Path, target: Path, size: str = "20KB") -> Path:
+    """The same checkpoint as transformers writes it in several files."""
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(folder, dtype="auto").save_pretrained(target, max_shard_size=size)
+    return target
+
+
+# -- what is accepted -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_layout_covers_every_weight_once(tiny_model: Any, arch: str, tied: bool) -> None:
+    """Every parameter of the stock model has one place and one block; tied embeddings count once."""
+    from transformers import AutoModelForCausalLM
+
+    folder = tiny_model(arch, tied=tied)
+    manifest = ModelPool.open(folder, {"x": tiny_model(arch, 1, tied=tied)}).manifest()
+
+    stock = dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
+    assert {t.name: t.shape for t in manifest.tensors} == {n: tuple(p.shape) for n, p in stock.items()}
+    assert manifest.parameters == sum(p.numel() for p in stock.values())
+    layers = [f"layers.{i}.{m}" for i in range(2) for m in ("attention", "mlp", "norm")]
+    assert list(manifest.blocks) == ["embed", *layers, "final_norm", *([] if tied else ["head"])]
+    assert all(t.offset % 64 == 0 for t in manifest.tensors)
+
+
+@pytest.mark.parametrize(("arch", "tied"), [("llama", False), ("mistral", True), ("qwen2", False), ("qwen3", True)])
+def test_sharding_does_not_change_the_hash(tiny_model: Any, tmp_path: Path, arch: str, tied: bool) -> None:
+    """The content hash and every tensor are the same in one file and in several."""
+    folder = tiny_model(arch, tied=tied)
+    whole, parts = Checkpoint(folder), Checkpoint(sharded(folder, tmp_path / "parts"))
+
+    assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 2
+    assert parts.sha256() == whole.sha256()
+    assert all(torch.equal(parts.tensor(n), whole.tensor(n)) for n in whole.tensors)
+
+
+def test_tied_head_stored_or_not_is_the_same_model(tiny_model: Any) -> None:
+    """A tied model that was saved with its head's copy hashes like one without."""
+    lean = tiny_model("llama", tied=True)
+    fat = tiny_model("llama", tied=True, name="fat")
+    change_weights(fat, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+
+    assert "lm_head.weight" in load_file(fat / "model.safetensors")
+    assert Checkpoint(fat).sha256() == Checkpoint(lean).sha256()
+
+
+def test_stored_rotary_table_is_ignored(tiny_model: Any) -> None:
+    """Old checkpoints hold rotary frequencies, which transformers computes itself."""
+    old = tiny_model("llama", name="old")
+    change_weights(old, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
+
+    assert Checkpoint(old).sha256() == Checkpoint(tiny_model("llama")).sha256()
+
+
+def test_hash_sees_every_bit(tiny_model: Any) -> None:
+    """One flipped bit, another dtype of the same values and another shape of the same bytes change the hash."""
+    name = "model.layers.1.mlp.up_proj.weight"
+    flipped, cast, reshaped = (tiny_model("llama", name=n) for n in ("flipped", "cast", "reshaped"))
+
+    def flip(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name].view(torch.int32)[3, 3] ^= 1
+
+    change_weights(flipped, flip)
+    zeros = {"model.norm.weight": torch.zeros(32)}
+    change_weights(cast, lambda t: t.update(zeros))
+    plain = Checkpoint(cast).sha256()
+    change_weights(cast, lambda t: t.update({"model.norm.weight": torch.zeros(64, dtype=torch.bfloat16)}))
+    change_weights(reshaped, lambda t: t.update({name: t[name].reshape(32, 48)}))
+
+    hashes = {Checkpoint(f).sha256() for f in (tiny_model("llama"), flipped, cast, reshaped)}
+    assert len({*hashes, plain}) == 5
+
+
+def test_stored_dtype_is_that_of_most_parameters(tiny_model: Any) -> None:
+    """A bfloat16 model with fp32 norms is a bfloat16 model."""
+    mixed = tiny_model("llama", dtype="bfloat16", name="mixed")
+    change_weights(mixed, lambda t: t.update({"model.norm.weight": t["model.norm.weight"].float()}))
+
+    assert ModelPool.open(mixed, {}).stored_dtype == "bfloat16"
+    assert ModelPool.open(tiny_model("llama"), {}).stored_dtype == "float32"
+
+
+def test_differences_that_do_not_stop_a_merge_are_noted(tiny_model: Any) -> None:
+    """Another norm epsilon and missing tokenizer files are named, not refused."""
+    expert = tiny_model("llama", 1, name="expert")
+    change_config(expert, rms_norm_eps=1e-3)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (expert / file).unlink()
+    notes = ModelPool.open(tiny_model("llama"), {"odd": expert, "plain": tiny_model("llama", 2)}).notes()
+
+    assert len(notes) == 2
+    assert "'odd': rms_norm_eps is 0.001" in notes[0]
+    assert "'odd': no tokenizer files" in notes[1]
+
+
+# -- what is refused ------------------------------------------------------------------------------------------
+
+
+def refusal(base: Path, experts: dict[str, Path]) -> str:
+    """The one line in which the pool is refused."""
+    with pytest.raises(UserError) as caught:
+        ModelPool.open(base, experts).manifest()
+    text = str(caught.value)
+    assert text
+    assert "\n" not in text
+    return text
+
+
+def test_missing_folder(tiny_model: Any, tmp_path: Path) -> None:
+    """A path that is no folder is named, as the base and as an expert."""
+    assert f"{tmp_path / 'gone'}: no such model folder" in refusal(tmp_path / "gone", {})
+    assert f"{tmp_path / 'gone'}: no such model folder" in refusal(tiny_model("llama"), {"x": tmp_path / "gone"})
+
+
+def test_pickles_are_refused_and_never_run(tiny_model: Any, tmp_path: Path) -> None:
+    """A folder with pickled weights only is refused without the pickle's payload having been executed."""
+
+    class Payload:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    folder = tiny_model("llama", name="pickled")
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Payload()))
+    text = refusal(folder, {})
+
+    assert "pytorch_model.bin" in text
+    assert "convert them to safetensors" in text
+    assert not (tmp_path / "executed").exists()
+    pickle.loads((folder / "pytorch_model.bin").read_bytes())
+    assert (tmp_path / "executed").exists(), "the payload is a real one"
+
+
+@pytest.mark.parametrize("share", [0.0, 1e-5, 1e-4, 0.01, 0.5, 0.999999])
+def test_truncated_safetensors(tiny_model: Any, share: float) -> None:
+    """A weight file cut at any length is named as not whole."""
+    folder = tiny_model("llama", name="cut")
+    file = folder / "model.safetensors"
+    data = file.read_bytes()
+    file.write_bytes(data[: min(int(len(data) * share) + (4 if share == 1e-5 else 0), len(data) - 1)])
+
+    assert f"{file}: not a whole safetensors file" in refusal(folder, {})
+
+
+def cut_shard(folder: Path) -> None:
+    last = sorted(folder.glob("*.safetensors"))[-1]
+    last.write_bytes(last.read_bytes()[:-1])
+
+
+def drop_shard(folder: Path) -> None:
+    sorted(folder.glob("*.safetensors"))[0].unlink()
+
+
+def leave_folder(folder: Path) -> None:
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    first = next(iter(index["weight_map"]))
+    index["weight_map"][first] = "../../secret.safetensors"
+    path.write_text(json.dumps(index))
+
+
+def empty_index(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_text("{}")
+
+
+def two_homes(folder: Path) -> None:
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    first = sorted(folder.glob("*.safetensors"))[0]
+    (folder / "twice.safetensors").write_bytes(first.read_bytes())
+    index["weight_map"]["model.norm.weight"] = "twice.safetensors"
+    path.write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("damage", "fragment"),
+    [
+        (cut_shard, "not a whole safetensors file"),
+        (drop_shard, "missing shard; the index names it"),
+        (leave_folder, "'../../secret.safetensors' leads out of the folder"),
+        (empty_index, "has no weight_map"),
+        (two_homes, "stands in two files"),
+    ],
+    ids=lambda v: getattr(v, "__name__", ""),
+)
+def test_damaged_shards(tiny_model: Any, tmp_path: Path, damage: Callable[[Path], None], fragment: str) -> None:
+    """Every fault of a sharded checkpoint gets its own line."""
+    folder = sharded(tiny_model("llama"), tmp_path / "parts")
+    damage(folder)
+
+    assert fragment in refusal(folder, {})
+
+
+@pytest.mark.parametrize(
+    ("text", "fragment"),
+    [
+        (None, "config.json: cannot be read (No such file or directory)"),
+        ("{", "config.json: is not JSON"),
+        ("[1]", "config.json: expected a JSON object"),
+        ("\x80", "config.json: is not JSON"),
+        ("[" * 100_000, "config.json: is not JSON"),
+        ('{"model_type": "gpt2"}', "architecture 'gpt2' is not supported"),
+        ('{"model_type": "mistal"}', "did you mean 'mistral'"),
+        ('{"model_type": "llama"}', "num_hidden_layers"),
+        ('{"model_type": "llama", "num_hidden_layers": "two"}', "num_hidden_layers"),
+        ('{"model_type": ["llama"], "num_hidden_layers": 2}', "is not supported"),
+    ],
+)
+def test_bad_config(tiny_model: Any, text: str | None, fragment: str) -> None:
+    """A config.json that is missing, unreadable or of an unknown model is refused in one line."""
+    folder = tiny_model("llama", name="config")
+    if text is None:
+        (folder / "config.json").unlink()
+    else:
+        (folder / "config.json").write_text(text, encoding="latin-1")
+
+    assert fragment in refusal(folder, {})
+
+
+def test_no_weights_at_all(tiny_model: Any) -> None:
+    """A folder without weights says which files were looked for."""
+    folder = tiny_model("llama", name="empty")
+    (folder / "model.safetensors").unlink()
+    missing = refusal(folder, {})
+    save_file({}, folder / "model.safetensors")
+
+    assert "no model.safetensors" in missing
+    assert "hold no tensors" in refusal(folder, {})
+
+
+MLP = "model.layers.0.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "fragments"),
+    [
+        (lambda t: t.update({MLP: t[MLP].to(torch.int8)}), (MLP, "stored as I8", "F32, BF16, F16")),
+        (lambda t: t.update({"model.vision.weight": torch.ones(2)}), ("model.vision.weight", "not part of the llama")),
+        (lambda t: t.pop("lm_head.weight"), ("'lm_head.weight' is missing",)),
+        (lambda t: t.pop("model.embed_tokens.weight"), ("'model.embed_tokens.weight' is missing",)),
+        (lambda t: t.update({"model.layers.7.mlp.up_proj.weight": torch.ones(2)}), ("layers.7", "beyond the 2 layers")),
+        (lambda t: [t.pop(n) for n in list(t) if ".1.mlp." in n], ("layer 1 has no mlp tensors",)),
+        (lambda t: t.pop("model.layers.1.self_attn.k_proj.weight"), ("layer 1 has no 'self_attn.k_proj.weight'",)),
+        (lambda t: t.pop("model.norm.weight"), ("'model.norm.weight' is missing",)),
+    ],
+    ids=["int8", "foreign", "no head", "no embedding", "layer beyond", "no mlp", "a gap", "no final norm"],
+)
+def test_odd_tensors(tiny_model: Any, change: Callable[[Any], object], fragments: tuple[str, ...]) -> None:
+    """Quantised, foreign, missing and surplus tensors are named."""
+    folder = tiny_model("llama", name="odd")
+    change_weights(folder, change)
+
+    text = refusal(folder, {})
+    assert all(f in text for f in fragments), text
+
+
+def test_expert_of_another_architecture(tiny_model: Any) -> None:
+    """Both architectures are named."""
+    text = refusal(tiny_model("llama"), {"alien": tiny_model("mistral")})
+
+    assert "expert 'alien'" in text
+    assert "architecture 'mistral', but the base is 'llama'" in text
+
+
+@pytest.mark.parametrize(
+    ("config", "fragments"),
+    [
+        ({"intermediate_size": 64}, ("shape of 'model.layers.0.mlp.", "64", "48")),
+        ({"hidden_size": 64}, ("[512, 64]", "[512, 32]")),
+        ({"vocab_size": 520}, ("vocabulary of '", "[520, 32]", "[512, 32]")),
+        ({"num_hidden_layers": 3}, ("3 layers, but the base has 2",)),
+        ({"tied": True}, ("tie_word_embeddings is True, but the base's is False",)),
+        ({"num_attention_heads": 2, "head_dim": 16, "num_key_value_heads": 1}, ("num_attention_heads is 2",)),
+        ({"attention_bias": True}, ("is not in the base", ".bias")),
+    ],
+    ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
+)
+def test_expert_of_another_shape(tiny_model: Any, config: dict[str, Any], fragments: tuple[str, ...]) -> None:
+    """The tensor and both shapes are named, or the setting and both values."""
+    text = refusal(tiny_model("llama"), {"odd": tiny_model("llama", 1, **config)})
+
+    assert "expert 'odd'" in text
+    assert all(f in text for f in fragments), text
+
+
+def test_expert_without_a_tensor(tiny_model: Any) -> None:
+    """A tensor that the base has and the expert lacks is named."""
+    expert = tiny_model("qwen2", 1, name="lacking")
+    change_weights(expert, lambda t: [t.pop(f"model.layers.{i}.self_attn.q_proj.bias") for i in (0, 1)])
+
+    assert "'model.layers.0.self_attn.q_proj.bias' is missing" in refusal(tiny_model("qwen2"), {"x": expert})
+
+
+def test_expert_with_another_tokenizer(tiny_model: Any) -> None:
+    """The first token that differs is named with both ids; added tokens count."""
+    swapped, added, broken = (tiny_model("llama", 1, name=n) for n in ("swapped", "added", "broken"))
+    data = json.loads((swapped / "tokenizer.json").read_text())
+    vocabulary = data["model"]["vocab"]
+    first, second = list(vocabulary)[300:302]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (swapped / "tokenizer.json").write_text(json.dumps(data))
+    data = json.loads((added / "tokenizer.json").read_text())
+    data["added_tokens"].append({"id": 511, "content": "<extra>"})
+    (added / "tokenizer.json").write_text(json.dumps(data))
+    (broken / "tokenizer.json").write_text('{"model": {"vocab": 3}, "added_tokens": [7]}')
+
+    text = refusal(tiny_model("llama"), {"x": swapped})
+    assert "another tokenizer" in text
+    assert repr(min(first, second)) in text
+    assert "'<extra>' has id 511, in the base None" in refusal(tiny_model("llama"), {"x": added})
+    assert "tokenizer.json" in refusal(tiny_model("llama"), {"x": broken})
+
+
+def test_duplicate_experts(tiny_model: Any) -> None:
+    """Two names for the same weights, and an expert that is the base, are refused by name."""
+    base, expert = tiny_model("llama"), tiny_model("llama", 1)
+
+    assert "'b' and 'a' hold the same weights" in refusal(base, {"a": expert, "b": tiny_model("llama", 1, name="b")})
+    assert "'a' and 'base' hold the same weights" in refusal(base, {"a": base})
+    assert "may not be called 'base'" in refusal(base, {"base": expert})

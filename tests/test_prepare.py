@@ -1,0 +1,166 @@
+"""Experiment -> everything a run needs, or one line before anything expensive."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from evomerge.config import Workers
+from evomerge.errors import UserError
+from evomerge.prepare import baselines, check_device, make_executor, prepare
+from evomerge.score.plan import PlanShape
+from evomerge.workers.fake import FakeEvaluator
+from evomerge.workers.inline import InlineExecutor
+from evomerge.workers.local import LocalExecutor
+
+With = Callable[..., Any]
+
+
+def test_baselines_are_base_experts_and_uniform(experiment_with: With) -> None:
+    """The base has no rules, each expert one source, the uniform merge all in equal parts; all distinct."""
+    p = prepare(experiment_with())
+    recipes = p.baselines()
+
+    assert list(recipes) == ["base", "one", "two", "uniform"]
+    assert recipes["base"].blocks == {}
+    assert {r.method for n, r in recipes.items() for r in r.blocks.values()} == {"linear"}
+    assert all(set(r.sources) == {"one"} for r in recipes["one"].blocks.values())
+    assert all(
+        {s: c["weight"] for s, c in r.sources.items()} == {"one": 1.0, "two": 1.0}
+        for r in recipes["uniform"].blocks.values()
+    )
+    assert len({r.id for r in recipes.values()}) == 4
+
+
+def test_one_expert_has_no_uniform_merge(tiny_model: Any) -> None:
+    """With a single expert the uniform merge would be that expert."""
+    from evomerge.pool import ModelPool
+
+    manifest = ModelPool.open(tiny_model("llama"), {"x": tiny_model("llama", 1)}).manifest()
+
+    assert list(baselines(manifest, "float32")) == ["base", "x"]
+
+
+def test_identity_is_what_determines_results(experiment_with: With, tiny_model: Any) -> None:
+    """Budget, workers, name and copies of the models leave the id; seed, models, items and dtype change it."""
+    first = prepare(experiment_with()).experiment_id
+    copy = str(tiny_model("llama", 1, name="copy"))
+    same = [
+        {"search.budget": {"evaluations": 99}},
+        {"workers.backend": "local", "workers.count": 2},
+        {"name": "other", "description": "text"},
+        {"models.experts.one": copy},
+        {"export.format": "hf"},
+    ]
+    other = [
+        {"search.seed": 4},
+        {"search.population": 5},
+        {"search.finalists": 4},
+        {"models.experts.one": str(tiny_model("llama", 5))},
+        {"models.dtype": "bfloat16"},
+        {"search_space.axes.weight": {"low": -0.5, "high": 1.4}},
+    ]
+
+    assert [prepare(experiment_with(**o)).experiment_id == first for o in same] == [True] * len(same)
+    ids = [prepare(experiment_with(**o)).experiment_id for o in other]
+    assert len({first, *ids}) == len(other) + 1
+
+
+def test_journalled_shape_is_kept(experiment_with: With) -> None:
+    """A run that is resumed keeps the batch shape it began with."""
+    p = prepare(experiment_with(), PlanShape(77))
+
+    assert p.plan_shape == PlanShape(77)
+    assert {plan.shape for plan in p.plans.values()} == {PlanShape(77)}
+
+
+def test_dtype_is_the_bases_unless_named(experiment_with: With, tiny_model: Any) -> None:
+    """auto takes the base's stored dtype."""
+    half = {
+        "models.base": str(tiny_model("llama", dtype="bfloat16")),
+        "models.experts": {"x": str(tiny_model("llama", 1, dtype="bfloat16"))},
+    }
+
+    assert prepare(experiment_with()).dtype == "float32"
+    assert prepare(experiment_with(**half)).dtype == "bfloat16"
+    assert prepare(experiment_with(**half, **{"models.dtype": "float32"})).dtype == "float32"
+
+
+def stages(*spaces: dict[str, Any]) -> dict[str, Any]:
+    return {"search_space": {"stages": [{"space": s, "share": 1 / len(spaces)} for s in spaces]}}
+
+
+WIDE = {"axes": {"weight": {"low": -1.0, "high": 2.0}}}
+
+
+@pytest.mark.parametrize(
+    "fine",
+    [
+        {"groups": "layers", "axes": {"weight": {"low": 0.0, "high": 2.0}}},
+        {"method": "linear", "groups": "layers", **WIDE},
+    ],
+    ids=["narrower", "another method"],
+)
+def test_stages_must_be_able_to_follow(experiment_with: With, fine: dict[str, Any]) -> None:
+    """A stage that cannot begin where the one before may end is refused before the run."""
+    with pytest.raises(UserError, match="stage 2 cannot start from all that stage 1 may find"):
+        prepare(experiment_with(**stages(WIDE, fine)))
+    assert len(prepare(experiment_with(**stages(WIDE, {"groups": "layers", **WIDE}))).spaces) == 2
+
+
+def test_devices_that_are_not_there(monkeypatch: pytest.MonkeyPatch, experiment_with: With) -> None:
+    """A CUDA device is asked for by name and refused where there is none of that number."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="torch sees no CUDA device"):
+        prepare(experiment_with(**{"workers.device": "cuda"}))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+
+    with pytest.raises(UserError, match="there are 1 CUDA devices"):
+        check_device("cuda:1")
+    assert check_device("cuda:0") is None
+    assert check_device("cpu") is None
+
+
+def test_items_come_before_models(experiment_with: With, tmp_path: Path) -> None:
+    """A bad item is named by file and line although the models are missing too: cheap checks first."""
+    (tmp_path / "bad.jsonl").write_text('{"question": "a", "choices": ["b"], "gold": 0}\n')
+    task = {"name": "t", "data": str(tmp_path / "bad.jsonl")}
+
+    with pytest.raises(UserError, match=r"bad\.jsonl line 1: 'choices' should be"):
+        prepare(experiment_with(**{"fitness": {"tasks": [task]}, "models.base": "gone"}))
+
+
+def test_long_items_are_refused_before_the_run(experiment_with: With, tmp_path: Path) -> None:
+    """An item beyond the context of the base's config is named."""
+    long = {"question": "a b c " * 200, "choices": [" d", " e"], "gold": 0}
+    lines = [json.dumps({**long, "question": f"{i} " + long["question"]}) + "\n" for i in range(40)]
+    (tmp_path / "long.jsonl").write_text("".join(lines))
+
+    with pytest.raises(UserError, match=r"long\.jsonl:\d+: \d+ tokens .* the model takes 256"):
+        prepare(experiment_with(fitness={"tasks": [{"name": "t", "data": str(tmp_path / "long.jsonl")}]}))
+
+
+def test_executor_by_backend() -> None:
+    """The table of backends; local takes count, time and memory from the experiment."""
+    assert isinstance(make_executor(FakeEvaluator, Workers(backend="inline")), InlineExecutor)
+    local = make_executor(FakeEvaluator, Workers(backend="local", count=3, timeout_seconds=5, memory_gb=2))
+
+    assert isinstance(local, LocalExecutor)
+    assert (local._count, local._timeout, local._memory) == (3, 5.0, 2 * 2**30)
+    assert local.pids == [], "nothing is started before the first unit"
+
+
+def test_numerics_name_no_host(experiment_with: With) -> None:
+    """What last bits depend on, and nothing that tells machines of one kind apart."""
+    import socket
+
+    numerics = prepare(experiment_with()).numerics()
+
+    assert set(numerics) == {"torch", "transformers", "numpy", "cma", "threads", "device", "cpu"}
+    assert socket.gethostname() not in json.dumps(numerics)
