@@ -112,6 +112,11 @@ class Search(BaseModel):
     algorithm: str = "cma-es"
     budget: Budget
     seed: int = Field(0, ge=0)
+    probes: bool = Field(
+        True,
+        description="begin where the default or one expert alone does best; skipped where these few candidates "
+        "would take more than a quarter of the first stage",
+    )
     finalists: int = Field(8, ge=1, description="best candidates that are re-scored on the select split")
 
     @property
@@ -182,6 +187,7 @@ class Experiment(_Part):
                 "fitness": _without_text(self.fitness),
                 "seed": self.search.seed,
                 "finalists": self.search.finalists,
+                "probes": self.search.probes,
             }
         )
 

@@ -26,7 +26,11 @@ def new_folder(target: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
         for path in temporary.rglob("*"):
+            if path.is_file():
+                path.chmod(0o666 & ~umask)  # safetensors writes files that only their owner can read
             _sync(path)
         _sync(temporary)
         temporary.rename(target)  # replaces an empty folder

@@ -175,7 +175,9 @@ def _check_names(c: Checkpoint) -> None:
     for part in sorted({p for _, p in parts}):
         for i in range(c.layers):
             if (i, part) not in parts:
-                raise UserError(f"{c.path}: layer {i} has no {part!r}, but other layers do; the checkpoint is not whole")
+                raise UserError(
+                    f"{c.path}: layer {i} has no {part!r}, but other layers do; the checkpoint is not whole"
+                )
 
 
 def _check_alike(base: Checkpoint, expert: Checkpoint, name: str) -> None:

@@ -86,7 +86,9 @@ def score_baselines(s: Session) -> None:
 def search_stage(s: Session, n: int, allowance: Allowance, rundir: RunDirectory) -> None:
     """Ask, evaluate, tell, until the stage's budget is spent or the algorithm stops; then score its mean."""
     experiment, space = s.prepared.experiment, s.prepared.spaces[n]
-    start = space.default if n == 0 else best_start(s, n)
+    if n == 0 and experiment.search.probes:
+        score_probes(s, allowance, rundir)
+    start = best_start(s, n)
     s.journal.record("stage", n=n, inputs={"start": encode_array(start)})
     algorithm, options = experiment.algorithm_of(s.prepared.stages[n])
     rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([experiment.search.seed, n])))
@@ -104,8 +106,18 @@ def search_stage(s: Session, n: int, allowance: Allowance, rundir: RunDirectory)
         s.keep(candidate, evaluation)
 
 
+def score_probes(s: Session, allowance: Allowance, rundir: RunDirectory) -> None:
+    """Score a few telling points before the first stage; a search that starts in the wrong basin stays there."""
+    probes = s.prepared.spaces[0].probes()
+    if len(probes) > allowance.left(0, 0, s.journal, rundir) / 4:
+        return
+    group = [s.ask(Proposal(next(s.ids), 0, genome=g), stage=0, role="search", name="probe") for g in probes]
+    for candidate, evaluation in s.score(group, s.prepared.items["search"]):
+        s.keep(candidate, evaluation)
+
+
 def best_start(s: Session, n: int) -> Genome:
-    """Where stage n begins: the best candidate so far that its space can express."""
+    """Where stage n begins: the best candidate so far that its space can express, else the space's default."""
     for candidate in s.ranked():
         try:
             return s.prepared.spaces[n].encode(candidate.recipe, s.prepared.manifest)

@@ -182,6 +182,23 @@ class RuleSpace:
         """The point where every axis has its default."""
         return frozen_genome([a.unit(a.default) for a in self.axes])
 
+    def probes(self) -> list[Genome]:
+        """Where to look first: the default, and each expert alone with half and with full weight (kept in bounds)."""
+        if "weight" not in self.spec.axes:
+            return [self.default]
+        out = [self.default]
+        for expert in self._experts:
+            for weight in (0.5, 1.0):
+                genes = []
+                for axis in self.axes:
+                    value = axis.default
+                    if axis.name.endswith(".weight"):
+                        value = weight if axis.name.partition(".")[0] == expert else 0.0
+                        value = min(max(value, axis.low), axis.high)
+                    genes.append(axis.unit(value))
+                out.append(frozen_genome(np.clip(np.array(genes), 0.0, 1.0)))
+        return out
+
     def decode(self, g: Genome, m: Manifest) -> Recipe:
         """The canonical recipe at `g`. ValueError only for a vector of the wrong length or off the cube."""
         if g.shape != (len(self.axes),) or not np.all((g >= 0) & (g <= 1)):

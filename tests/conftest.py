@@ -121,10 +121,23 @@ def write_items(path: Path, items: Items) -> Path:
     return path
 
 
+def fine_tuned(base: Path, target: Path, seed: int) -> Path:
+    """A copy of a checkpoint with small seeded changes to every weight, as fine-tuning makes them."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(base, target)
+    g = torch.Generator().manual_seed(seed)
+    tensors = load_file(base / "model.safetensors")
+    changed = {n: t + 0.05 * torch.randn(t.shape, generator=g) for n, t in sorted(tensors.items())}
+    save_file(changed, target / "model.safetensors", {"format": "pt"})
+    return target
+
+
 @pytest.fixture(scope="session")
 def small_experiment(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An experiment file: tiny Llama base with two experts, two tasks of 12/6/8 items, 12 evaluations, inline."""
     folder = tmp_path_factory.mktemp("small")
+    base = tiny_model("llama", 0)
     tasks = []
     for task in ("sums", "words"):
         splits = {}
@@ -136,8 +149,8 @@ def small_experiment(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFac
     experiment = {
         "name": "small",
         "models": {
-            "base": str(tiny_model("llama", 0)),
-            "experts": {"one": str(tiny_model("llama", 1)), "two": str(tiny_model("llama", 2))},
+            "base": str(base),
+            "experts": {n: str(fine_tuned(base, folder / n, i)) for i, n in enumerate(("one", "two"), 14)},
         },
         "search_space": {
             "method": "task_arithmetic",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,10 +47,10 @@ def test_one_expert_has_no_uniform_merge(tiny_model: Any) -> None:
     assert list(baselines(manifest, "float32")) == ["base", "x"]
 
 
-def test_identity_is_what_determines_results(experiment_with: With, tiny_model: Any) -> None:
+def test_identity_is_what_determines_results(experiment_with: With, tiny_model: Any, tmp_path: Path) -> None:
     """Budget, workers, name and copies of the models leave the id; seed, models, items and dtype change it."""
     first = prepare(experiment_with()).experiment_id
-    copy = str(tiny_model("llama", 1, name="copy"))
+    copy = str(shutil.copytree(experiment_with().models.experts["one"], tmp_path / "copy"))
     same = [
         {"search.budget": {"evaluations": 99}},
         {"workers.backend": "local", "workers.count": 2},

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evomerge.errors import UserError
+from evomerge.errors import RunError, UserError
 from evomerge.export.hf import RECIPE, RECORD, build_weights, tensor_sha256
 from evomerge.pool import Checkpoint, ModelPool
 from evomerge.recipe import Recipe
@@ -63,7 +63,10 @@ def verify(path: Path) -> Verification:
         problems.append(f"{len(recorded)} tensors differ from the record, the first is {min(recorded)}")
     scores: dict[str, float] = {}
     if record.get("fitness") and record.get("scores"):
-        scores = _score_differences(path, record)
+        try:
+            scores = _score_differences(path, record)
+        except (RunError, UserError) as e:
+            problems.append(f"cannot be scored: {e}")
         problems += [f"{k} differs by {v:.2g}" for k, v in scores.items() if not v <= SCORE_TOLERANCE]
     return Verification(not problems, len(expected), tuple(differing), scores, tuple(problems))
 

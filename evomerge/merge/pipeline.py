@@ -38,8 +38,7 @@ class Sketches:
     sorted: dict[tuple[str, str], Tensor] = field(default_factory=dict)
 
     def threshold(self, source: str, tensor: str, size: int, density: float, delta: Callable[[], Tensor]) -> float:
-        """The k-th largest |tau| of `size` with k = max(1, int(density size)); 0 where everything is kept, NaN
-        where tau is not finite.
+        """The k-th largest |tau|, k = max(1, int(density size)). 0 keeps everything; NaN says tau is not finite.
 
         Entries that tie with the k-th are all kept, as in the TIES authors' code (mergekit keeps an arbitrary
         choice of exactly k). `delta()` is the whole tensor's tau in fp32; it is asked for once.
@@ -170,7 +169,7 @@ def _elected(
     *,
     normalize: bool,
 ) -> None:
-    """total = sum (or mean by agreeing weights) of the entries whose sign agrees with the sum's; a zero sum counts as +.
+    """total = sum (or mean by agreeing weights) of entries whose sign agrees with the sum's; a zero sum counts as +.
 
     With the elected sign s, an entry d agrees where s d > 0; so s max(s d, 0) is d or 0.
     """

@@ -10,6 +10,7 @@ both sides computed the same thing.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -32,7 +33,8 @@ from evomerge.manifest import Manifest
 from evomerge.merge.bank import Bank
 from evomerge.merge.builder import Builder
 from evomerge.merge.live import live_model
-from evomerge.pool import ModelPool
+from evomerge.pool import TORCH_DTYPES, ModelPool
+from evomerge.prepare import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS
 from evomerge.recipe import Recipe
 from evomerge.score.multiple_choice import MultipleChoice
 from evomerge.score.plan import Plan, PlanShape
@@ -102,71 +104,68 @@ def write_pool(folder: Path, experts: int, dtype: torch.dtype) -> tuple[ModelPoo
 
 
 def build() -> list[Row]:
-    """Building a candidate in place against a fresh state dict and load_state_dict, and against itself by method."""
+    """Building a candidate in place against a fresh state dict and load_state_dict; TIES against dense."""
+    return [_build("float32"), _build("bfloat16")]
+
+
+def _build(dtype: str) -> Row:
     from transformers import AutoModelForCausalLM
 
-    rows: list[Row] = []
-    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
-        with tempfile.TemporaryDirectory() as temporary:
-            pool, manifest = write_pool(Path(temporary), 3, dtype)
-            bank = Bank.load(pool, manifest, device())
-            builder = Builder(bank, name)
-            recipes = [_recipe("task_arithmetic", w, name, manifest) for w in (0.3, 0.4)]
-            ties = [_recipe("ties", w, name, manifest) for w in (0.3, 0.4)]
+    with tempfile.TemporaryDirectory() as temporary:
+        pool, manifest = write_pool(Path(temporary), 3, TORCH_DTYPES[dtype])
+        bank = Bank.load(pool, manifest, device())
+        builder = Builder(bank, dtype)
+        stored = {
+            n: {t.name: c.tensor(t.name).to(device()) for t in manifest.tensors} for n, c in pool.checkpoints.items()
+        }
+        model = AutoModelForCausalLM.from_pretrained(Path(temporary) / "base", dtype=TORCH_DTYPES[dtype]).to(device())
+    # Two recipes in turn, so that every build changes every block.
+    dense = itertools.cycle([_recipe("task_arithmetic", w, dtype, manifest) for w in (0.3, 0.4)])
+    ties = itertools.cycle([_recipe("ties", w, dtype, manifest) for w in (0.3, 0.4)])
+    weights = itertools.cycle((0.3, 0.4))
 
-            sources = {
-                n: {t.name: c.tensor(t.name).to(device()) for t in manifest.tensors}
-                for n, c in pool.checkpoints.items()
-            }
-            model = AutoModelForCausalLM.from_pretrained(Path(temporary) / "base", dtype=dtype).to(device())
+    def load_fresh() -> None:
+        state = _fresh(stored, next(weights))
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+        model.load_state_dict(state)
 
-            def fresh(weight: float) -> dict[str, torch.Tensor]:
-                out = {}
-                for key, base in sources["base"].items():
-                    b = base.float()
-                    total = b.clone()
-                    for e in manifest.experts:
-                        total += weight * (sources[e][key].float() - b)
-                    out[key] = total.to(base.dtype)
-                return out
+    ours = timed(lambda: builder.build(next(dense)), 9)
+    theirs = timed(load_fresh, 9)
+    ties_seconds = timed(lambda: builder.build(next(ties)), 5)
+    copy = timed(lambda: builder.buffer.copy_(bank.flat["base"]), 9)
+    builder.build(_recipe("linear", 1.0, dtype, manifest))  # the copy above went behind the builder's back
+    builder.build(_recipe("task_arithmetic", 0.3, dtype, manifest))
+    views = builder.views()
+    worst = max(float((views[k].float() - v.float()).abs().max()) for k, v in _fresh(stored, 0.3).items())
+    return {
+        "what": f"build, {manifest.parameters / 1e6:.1f}M parameters, 3 experts, {dtype}",
+        "in place ms": ours * 1e3,
+        "state dict + load_state_dict ms": theirs * 1e3,
+        "ratio": theirs / ours,
+        "TIES ms": ties_seconds * 1e3,
+        "TIES / dense": ties_seconds / ours,
+        # Four vectors read and one written, against a copy's one and one.
+        "share of copy bandwidth": 5 * copy / (2 * ours),
+        "largest difference": worst,
+    }
 
-            turn = [0]
 
-            def in_place(pair: list[Recipe]) -> None:
-                turn[0] += 1
-                builder.build(pair[turn[0] % 2])
-
-            def state_dict() -> None:
-                turn[0] += 1
-                state = fresh((0.3, 0.4)[turn[0] % 2])
-                state["lm_head.weight"] = state["model.embed_tokens.weight"]
-                model.load_state_dict(state)
-
-            ours = timed(lambda: in_place(recipes), 9)
-            theirs = timed(state_dict, 9)
-            ties_seconds = timed(lambda: in_place(ties), 5)
-            builder.build(recipes[0])
-            worst = max(float((builder.views()[k].float() - v.float()).abs().max()) for k, v in fresh(0.3).items())
-            copy = timed(lambda: builder.buffer.copy_(bank.flat["base"]), 9)
-            moved = manifest.elements * dtype.itemsize
-            rows.append(
-                {
-                    "what": f"build, {manifest.parameters / 1e6:.1f}M parameters, 3 experts, {name}",
-                    "in place ms": ours * 1e3,
-                    "state dict + load_state_dict ms": theirs * 1e3,
-                    "ratio": theirs / ours,
-                    "TIES ms": ties_seconds * 1e3,
-                    "TIES / dense": ties_seconds / ours,
-                    "share of copy bandwidth": (5 * moved / ours) / (2 * moved / copy),
-                    "largest difference": worst,
-                }
-            )
-    return rows
+def _fresh(stored: dict[str, dict[str, torch.Tensor]], weight: float) -> dict[str, torch.Tensor]:
+    """Task arithmetic by the book: a new state dict, fp32 inside."""
+    out = {}
+    for key, base in stored["base"].items():
+        wide = base.float()
+        total = wide.clone()
+        for name, tensors in stored.items():
+            if name != "base":
+                total += weight * (tensors[key].float() - wide)
+        out[key] = total.to(base.dtype)
+    return out
 
 
 def _recipe(method: str, weight: float, dtype: str, manifest: Manifest) -> Recipe:
     coefficients = {"weight": weight, **({"density": 0.5} if method == "ties" else {})}
-    rule = {"method": method, "sources": {e: coefficients for e in manifest.experts}}
+    rule = {"method": method, "sources": dict.fromkeys(manifest.experts, coefficients)}
     return Recipe.model_validate({"dtype": dtype, "merge": [rule]}).canonical(manifest)
 
 
@@ -174,42 +173,35 @@ def _recipe(method: str, weight: float, dtype: str, manifest: Manifest) -> Recip
 
 
 def score() -> list[Row]:
-    """Our plan against padded batches with full logits, on four multi-token choices behind a shared prefix."""
+    """Our plan against padded batches with full logits, four multi-token choices, with a shared prefix and without."""
+    return [_score(256), _score(0)]
+
+
+def _score(prefix: int) -> Row:
     from transformers import AutoModelForCausalLM
 
-    rows = []
-    for prefix in (256, 0):
-        torch.manual_seed(0)
-        rng = np.random.Generator(np.random.PCG64(0))
-        with tempfile.TemporaryDirectory() as temporary:
-            config = llama_config(32000, 4, 384)
-            AutoModelForCausalLM.from_config(config).save_pretrained(temporary)
-            checkpoint = ModelPool.open(Path(temporary), {})
-            manifest = checkpoint.manifest()
-            builder = Builder(Bank.load(checkpoint, manifest, device()), "float32")
-            model = live_model(Path(temporary), builder.views(), "float32")
-            builder.build(Recipe.model_validate({"merge": []}).canonical(manifest))
-
-            items = _items(rng, n=24, prefix=prefix, context=40, answer=6)
-            plan = _plan(items, PlanShape(16384 if device().type == "cuda" else 1024))
-            scorer = MultipleChoice()
-            positions = tuple(range(len(items)))
-            ours = timed(lambda: scorer.choice_logprobs(model, plan, positions), 3)
-            theirs = timed(lambda: _padded(model, items), 3)
-            worst = max(
-                float(np.abs(a - b).max())
-                for a, b in zip(scorer.choice_logprobs(model, plan, positions), _padded(model, items), strict=True)
-            )
-            rows.append(
-                {
-                    "what": f"score, {len(items)} items, 4 choices of 6 tokens, prefix {prefix}, vocabulary 32000",
-                    "plan ms": ours * 1e3,
-                    "padded full logits ms": theirs * 1e3,
-                    "ratio": theirs / ours,
-                    "largest difference of a 6-token sum": worst,
-                }
-            )
-    return rows
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as temporary:
+        AutoModelForCausalLM.from_config(llama_config(32000, 4, 384)).save_pretrained(temporary)
+        pool = ModelPool.open(Path(temporary), {})
+        manifest = pool.manifest()
+        builder = Builder(Bank.load(pool, manifest, device()), "float32")
+        model = live_model(Path(temporary), builder.views(), "float32")
+    builder.build(Recipe.model_validate({"merge": []}).canonical(manifest))
+    items = _items(np.random.Generator(np.random.PCG64(0)), n=24, prefix=prefix, context=40, answer=6)
+    plan = _plan(items, PlanShape(GPU_BATCH_TOKENS if device().type == "cuda" else CPU_BATCH_TOKENS))
+    scorer = MultipleChoice()
+    positions = tuple(range(len(items)))
+    ours = timed(lambda: scorer.choice_logprobs(model, plan, positions), 3)
+    theirs = timed(lambda: _padded(model, items), 3)
+    pairs = zip(scorer.choice_logprobs(model, plan, positions), _padded(model, items), strict=True)
+    return {
+        "what": f"score, {len(items)} items, 4 choices of 6 tokens, prefix {prefix}, vocabulary 32000",
+        "plan ms": ours * 1e3,
+        "padded full logits ms": theirs * 1e3,
+        "ratio": theirs / ours,
+        "largest difference of a 6-token sum": max(float(np.abs(a - b).max()) for a, b in pairs),
+    }
 
 
 Tokens = list[int]

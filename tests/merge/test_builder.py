@@ -58,9 +58,7 @@ def over(manifest: Any, chosen: tuple[Any, ...]) -> Recipe:
     return Recipe.model_validate({"merge": merge}).canonical(manifest)
 
 
-@settings(
-    max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(history=st.lists(recipes, min_size=2, max_size=6))
 def test_building_has_no_history(bank: Any, history: list[tuple[Any, ...]]) -> None:
     """After any sequence of builds the buffer holds the bits of the last recipe built alone, and only blocks whose

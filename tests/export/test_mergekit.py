@@ -1,0 +1,146 @@
+"""mergekit configurations: what is written, and what is refused (executed by mergekit in tests/oracle)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from evomerge.errors import UserError
+from evomerge.export.mergekit import MergekitError, to_mergekit
+from evomerge.manifest import Manifest
+from evomerge.pool import ModelPool
+from evomerge.recipe import Recipe
+
+PATHS = {n: Path("/models") / n for n in ("base", "x", "y")}
+
+
+@pytest.fixture(scope="module")
+def manifest(tiny_model: Any) -> Manifest:
+    return ModelPool.open(tiny_model("llama"), {"x": tiny_model("llama", 1), "y": tiny_model("llama", 2)}).manifest()
+
+
+def exported(manifest: Manifest, *rules: dict[str, Any], dtype: str = "float32") -> dict[str, Any]:
+    return to_mergekit(
+        Recipe.model_validate({"dtype": dtype, "merge": list(rules)}).canonical(manifest), manifest, PATHS
+    )
+
+
+def test_one_rule_for_all(manifest: Manifest) -> None:
+    """Where all blocks agree there are plain numbers and no filters."""
+    config = exported(
+        manifest,
+        {
+            "method": "ties",
+            "params": {"lambda": 0.5},
+            "sources": {"x": {"weight": 0.3, "density": 0.2}, "y": {"weight": -1.0}},
+        },
+    )
+
+    assert config == {
+        "merge_method": "ties",
+        "base_model": "/models/base",
+        "models": [
+            {"model": "/models/x", "parameters": {"weight": 0.3, "density": 0.2}},
+            {"model": "/models/y", "parameters": {"weight": -1.0, "density": 1.0}},
+        ],
+        "parameters": {"normalize": True, "lambda": 0.5},
+        "dtype": "float32",
+    }
+
+
+def test_filters_name_blocks_and_end_with_a_catch_all(manifest: Manifest) -> None:
+    """Every block's substrings appear, match its tensors only, and blocks of the base have weight 0."""
+    rule = {"method": "task_arithmetic", "sources": {"x": {"weight": 0.4}}}
+    config = exported(manifest, {"match": {"layers": [1, 1], "module": "mlp"}, **rule})
+    [x] = config["models"]
+    filters = x["parameters"]["weight"]
+
+    assert filters[-1] == {"value": 0.0}
+    assert {f["filter"]: f["value"] for f in filters[:-1]} == {
+        "model.embed_tokens": 0.0,
+        "model.norm": 0.0,
+        "lm_head": 0.0,
+        **{
+            f"layers.{i}.{m}": 0.4 if (i, m) == (1, "mlp") else 0.0
+            for i in (0, 1)
+            for m in ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
+        },
+    }
+    for block in manifest.blocks.values():
+        for tensor in block.tensors:
+            [first] = [f for f in filters[:-1] if f["filter"] in tensor.name]
+            assert first["value"] == (0.4 if block.name == "layers.1.mlp" else 0.0)
+    assert config["parameters"] == {"lambda": 1.0, "normalize": False}
+
+
+def test_linear_lists_the_base(manifest: Manifest) -> None:
+    """A linear merge takes the base as an input: weight 1 where the block is the base's, else as in the rule."""
+    config = exported(manifest, {"match": {"module": "attention"}, "method": "linear", "sources": {"x": {}, "y": {}}})
+
+    assert [m["model"] for m in config["models"]] == ["/models/base", "/models/x", "/models/y"]
+    base = {f["filter"]: f["value"] for f in config["models"][0]["parameters"]["weight"][:-1]}
+    assert base["layers.0.self_attn"] == 0.0
+    assert base["layers.0.mlp"] == base["lm_head"] == 1.0
+    assert config["parameters"] == {"normalize": True}
+
+
+def test_half_precision_is_computed_in_fp32(manifest: Manifest) -> None:
+    """The result's dtype is mergekit's out_dtype; it computes in fp32 as we do."""
+    config = exported(manifest, {"method": "task_arithmetic", "sources": {"x": {}}}, dtype="bfloat16")
+
+    assert (config["dtype"], config["out_dtype"]) == ("float32", "bfloat16")
+
+
+def test_the_base_alone(manifest: Manifest) -> None:
+    """A recipe without rules is task arithmetic with an expert of weight 0: mergekit wants an input."""
+    config = exported(manifest)
+
+    assert config["merge_method"] == "task_arithmetic"
+    assert config["models"] == [{"model": "/models/x", "parameters": {"weight": 0.0}}]
+
+
+@pytest.mark.parametrize(
+    ("rules", "dtype", "reason"),
+    [
+        (
+            [
+                {"match": {"module": "mlp"}, "method": "ties", "sources": {"x": {}}},
+                {"method": "task_arithmetic", "sources": {"x": {}}},
+            ],
+            "float32",
+            "mergekit has one merge method a file, the recipe has task_arithmetic and ties",
+        ),
+        (
+            [
+                {"match": {"module": "mlp"}, "method": "ties", "params": {"normalize": False}, "sources": {"x": {}}},
+                {"method": "ties", "sources": {"x": {}}},
+            ],
+            "float32",
+            "mergekit has one 'normalize' a file",
+        ),
+        (
+            [{"method": "ties", "sources": {"x": {"density": 0.5}}}],
+            "bfloat16",
+            "breaks ties of trimmed half-precision weights arbitrarily",
+        ),
+    ],
+    ids=["methods", "options", "half-precision trimming"],
+)
+def test_refusals_give_the_reason(manifest: Manifest, rules: list[dict[str, Any]], dtype: str, reason: str) -> None:
+    """What mergekit cannot express exactly is refused as bad input, with the reason."""
+    with pytest.raises(MergekitError, match=reason) as caught:
+        exported(manifest, *rules, dtype=dtype)
+    assert isinstance(caught.value, UserError)
+
+
+def test_tied_models_have_no_filter_for_the_head(tiny_model: Any) -> None:
+    """The head of a tied model is its embedding, and mergekit writes no head either."""
+    pool = ModelPool.open(tiny_model("llama", tied=True), {"x": tiny_model("llama", 1, tied=True)})
+    rule = {"match": {"layers": [0, 0]}, "method": "task_arithmetic", "sources": {"x": {}}}
+    config = exported(pool.manifest(), rule)
+
+    filters = [f.get("filter") for f in config["models"][0]["parameters"]["weight"]]
+    assert "lm_head" not in filters
+    assert "model.embed_tokens" in filters
