@@ -193,7 +193,7 @@ def text_table(history: History, split: str = "report") -> str:
             row = [f"- {model}"]
             for task in tasks:
                 c = next(c for c in r.comparisons if (c.model, c.task) == (model, task))
-                row.append(f"{c.difference:+.3f} [{c.low:+.2f}, {c.high:+.2f}] p={c.p:.1g}")
+                row.append(f"{c.difference:+.3f} [{c.low:+.2f}, {c.high:+.2f}] {_p_text(c.p)}")
             rows.append(row)
         lines += ["", "winner minus each, paired by item"]
         lines += _grid(["winner", *tasks], rows)
@@ -205,6 +205,10 @@ def text_table(history: History, split: str = "report") -> str:
             f"{o['report']:.3f} on report (optimism {o['search'] - o['report']:+.3f})",
         ]
     return "\n".join(lines)
+
+
+def _p_text(p: float) -> str:
+    return "p<0.001" if p < 0.001 else f"p={p:.3f}" if p < 0.1 else f"p={p:.1f}"
 
 
 def _grid(header: list[str], rows: list[list[str]]) -> list[str]:
