@@ -71,7 +71,10 @@ class Committer:
         fresh: dict[str, Evaluation] = {}
         submitted: set[str] = set()
         for proposal, recipe in group:
-            if proposal in recorded or recipe.id in submitted or self._cache.get(recipe.id, items) is not None:
+            if proposal in recorded:
+                submitted.add(recipe.id)  # a copy further on shares its result, as it would have without the cut
+                continue
+            if recipe.id in submitted or self._cache.get(recipe.id, items) is not None:
                 continue
             submitted.add(recipe.id)
             self._executor.submit(WorkUnit(self._units, (Job(proposal, 0, recipe, items),)))
@@ -79,6 +82,7 @@ class Committer:
         for proposal, recipe in group:
             if proposal in recorded:
                 evaluation = self._replayed(proposal, items)
+                fresh.setdefault(recipe.id, evaluation)
                 if evaluation.ok and evaluation.scores is not None and self._cache.get(recipe.id, items) is None:
                     self._cache.add(recipe.id, items, evaluation.scores)
                 yield proposal, evaluation
