@@ -45,7 +45,7 @@ class ScoreCache:
                 at.update({p: (scores, i) for i, p in enumerate(there.tasks.get(task, ()))})
             if any(p not in at for p in wanted):
                 return None
-            metrics = known[0][1][task]
+            metrics = at[wanted[0]][0][task] if wanted else {}
             out[task] = {m: np.array([at[p][0][task][m][at[p][1]] for p in wanted], np.float32) for m in metrics}
         return out
 

@@ -298,8 +298,10 @@ def _read_space(name: str, folder: Path) -> tuple[StagedSpec | SpaceSpec, Path]:
     """A library entry or file as it stands, and the folder that its own paths are relative to."""
     path = find("search_spaces", name, folder)
     data = load_yaml(path)
-    staged = isinstance(data, dict) and "stages" in data
-    return validated(StagedSpec if staged else SpaceSpec, data, str(path)), path.parent
+    kind: type[StagedSpec] | type[SpaceSpec] = SpaceSpec
+    if isinstance(data, dict) and "stages" in data:
+        kind = StagedSpec
+    return validated(kind, data, str(path)), path.parent
 
 
 def resolve_fitness(spec: str | FitnessSpec, folder: Path) -> FitnessSpec:

@@ -107,5 +107,5 @@ def read_telemetry(path: Path) -> list[dict[str, Any]]:
 
 
 def _seconds_before(path: Path) -> float:
-    lines = read_telemetry(path)
-    return float(lines[-1].get("run_seconds", 0.0)) if lines else 0.0
+    seconds = [line.get("run_seconds") for line in read_telemetry(path)[-1:]]
+    return float(seconds[0]) if seconds and isinstance(seconds[0], int | float) else 0.0

@@ -89,6 +89,13 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
+def _text(dumper: yaml.SafeDumper, data: str) -> yaml.Node:
+    # Unicode's own line breaks survive in double quotes only, as escapes; elsewhere they are read as blanks.
+    style = '"' if re.search("[\x85\u2028\u2029]", data) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
+
+_Dumper.add_representer(str, _text)
 _Dumper.add_implicit_resolver(*_FLOAT)  # so that the text "1e3" is quoted
 
 

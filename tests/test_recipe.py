@@ -35,7 +35,7 @@ def m(manifest_of: Any) -> Manifest:
     return manifest_of(layers=4)  # type: ignore[no-any-return]
 
 
-# -- equal ids: the same model written in another way -----------------------------------------------------------
+# -- equal ids: the same model written in another way ------------------------------------------------------------
 
 RANGES = [
     rule(match={"layers": [0, 1]}, math=0.5),
@@ -129,7 +129,7 @@ def test_a_rule_for_the_head_of_a_tied_model_is_inert(manifest_of: Any) -> None:
     assert recipe([head, by_name, rule(code=0.5)]).canonical(tied).id == recipe([rule(code=0.5)]).canonical(tied).id
 
 
-# -- different ids: another model --------------------------------------------------------------------------------
+# -- different ids: another model ------------------------------------------------------------
 
 PLAIN = {"merge": [rule("ties", math={"weight": 0.5, "density": 0.5}, code=0.25)]}
 OTHERS: dict[str, Data] = {
@@ -177,7 +177,7 @@ def test_an_unused_source_does_not_count(m: Manifest) -> None:
     assert recipe([rule(math=0.5)]).canonical(m).id == recipe([rule(math=0.5)]).canonical(other).id
 
 
-# -- canonical form ------------------------------------------------------------------------------------------------
+# -- canonical form ------------------------------------------------------------
 
 
 def test_canonical_form_is_one_complete_rule_a_block(m: Manifest) -> None:
@@ -237,7 +237,7 @@ def test_rounding() -> None:
     assert math.copysign(1, rounded(-1e-9)) == 1.0
 
 
-# -- hypothesis over recipes --------------------------------------------------------------------------------------
+# -- hypothesis over recipes ------------------------------------------------------------
 
 WEIGHTS = st.one_of(
     st.sampled_from([0, 0.0, -0.0, 1, 1.0, -1, 0.5, 1e-7, 1e6, -1e6]), st.floats(-1e6, 1e6), st.integers(-9, 9)
@@ -302,7 +302,7 @@ def test_written_recipe_reads_back_equal(data: Data) -> None:
     assert Recipe.from_yaml(r.to_yaml()) == r
 
 
-# -- wider than what is built ---------------------------------------------------------------------------------------
+# -- wider than what is built ------------------------------------------------------------
 
 WIDER: dict[str, tuple[str, str]] = {
     "route": (
@@ -363,7 +363,7 @@ def test_wider_recipes_parse_and_are_refused(name: str, m: Manifest) -> None:
     assert Recipe.from_yaml(r.to_yaml()) == r
 
 
-# -- bad input ---------------------------------------------------------------------------------------------------------
+# -- bad input ------------------------------------------------------------
 
 BAD: list[tuple[str, str]] = [
     ("", "expected a mapping of keys, got NoneType"),
@@ -484,7 +484,7 @@ def test_nearest_name_for_values() -> None:
             check_value(METHODS["ties"], name, value)
 
 
-# -- strangers' files -----------------------------------------------------------------------------------------------------
+# -- strangers' files ------------------------------------------------------------
 
 
 def only_user_errors(text: str) -> None:

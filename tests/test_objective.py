@@ -1,0 +1,137 @@
+"""The only place with signs: scores to losses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from evomerge.config import FitnessSpec
+from evomerge.objective import FAILED, Objective, task_means
+from evomerge.schema import validated
+
+
+def fitness(*tasks: dict[str, Any], **other: Any) -> FitnessSpec:
+    rows = [{"name": f"t{i}", "data": "x", **t} for i, t in enumerate(tasks)]
+    return validated(FitnessSpec, {"tasks": rows, **other}, "fitness")
+
+
+def scores(*means: float, metric: str = "accuracy") -> dict[str, Any]:
+    """Two items a task, around a mean."""
+    return {f"t{i}": {metric: np.array([m - 0.1, m + 0.1], np.float32)} for i, m in enumerate(means)}
+
+
+def loss(o: Objective, *means: float, metric: str = "accuracy") -> float:
+    out = o.losses(scores(*means, metric=metric))
+    assert out.shape == (1,)
+    return float(out[0])
+
+
+def plain(spec: FitnessSpec) -> Objective:
+    return Objective(spec, {}, {})
+
+
+def test_means_are_in_float64() -> None:
+    """A task's mean does not lose digits over many float32 scores."""
+    column = np.full(1_000_000, 0.1, np.float32)
+    spec = fitness({})
+
+    assert task_means({"t0": {"accuracy": column}}, spec.tasks)["t0"] == pytest.approx(
+        float(np.float32(0.1)), abs=1e-12
+    )
+
+
+def test_higher_scores_are_lower_losses() -> None:
+    """Accuracy counts negatively, cross-entropy as it is: less loss is better for both."""
+    accuracy, entropy = plain(fitness({})), plain(fitness({"metric": "cross_entropy"}))
+
+    assert loss(accuracy, 0.7) == pytest.approx(-0.7)
+    assert loss(entropy, 0.7, metric="cross_entropy") == pytest.approx(0.7)
+
+
+def test_weights_are_shares() -> None:
+    """Tasks count by their share of all weights."""
+    spec = fitness({"weight": 3.0}, {"weight": 1.0})
+
+    assert loss(plain(spec), 0.8, 0.4) == pytest.approx(-(0.75 * 0.8 + 0.25 * 0.4))
+
+
+def bound(spec: FitnessSpec, metric: str = "accuracy") -> Objective:
+    """Base at 0.5 and 0.4; baselines up to 0.9 and 0.6 (or down to 0.1 and 0.2)."""
+    others = [scores(0.9, 0.3, metric=metric), scores(0.1, 0.6, metric=metric), scores(0.3, 0.2, metric=metric)]
+    return Objective.bind(spec, scores(0.5, 0.4, metric=metric), others)
+
+
+def test_references_are_base_and_best() -> None:
+    """`low` is the base, `high` the best baseline of each task, in the metric's own direction; the base is one."""
+    up = bound(fitness({}, {}))
+    down = bound(fitness({"metric": "cross_entropy"}, {"metric": "cross_entropy"}), "cross_entropy")
+    alone = Objective.bind(fitness({}), scores(0.5), [scores(0.2)])
+
+    assert up.low == {"t0": pytest.approx(0.5), "t1": pytest.approx(0.4)}
+    assert up.high == {"t0": pytest.approx(0.9), "t1": pytest.approx(0.6)}
+    assert down.high == {"t0": pytest.approx(0.1), "t1": pytest.approx(0.2)}
+    assert alone.high == alone.low
+
+
+def test_recovered_gain_is_a_share() -> None:
+    """The base loses 0, the best baseline on every task -1; more is cut off, less than the base costs."""
+    o = bound(fitness({}, {}, objective="recovered_gain"))
+
+    assert loss(o, 0.5, 0.4) == pytest.approx(0.0, abs=1e-6)
+    assert loss(o, 0.9, 0.6) == pytest.approx(-1.0)
+    assert loss(o, 1.0, 1.0) == pytest.approx(-1.0)
+    assert loss(o, 0.7, 0.5) == pytest.approx(-0.5)
+    assert loss(o, 0.1, 0.4) == pytest.approx(0.5)
+
+
+def test_recovered_gain_of_a_lower_metric() -> None:
+    """For cross-entropy the gain counts downwards."""
+    o = bound(
+        fitness({"metric": "cross_entropy"}, {"metric": "cross_entropy"}, objective="recovered_gain"), "cross_entropy"
+    )
+
+    assert loss(o, 0.1, 0.2, metric="cross_entropy") == pytest.approx(-1.0)
+    assert loss(o, 0.9, 0.4, metric="cross_entropy") == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(("metric", "better", "worse"), [("accuracy", 0.75, 0.25), ("cross_entropy", 0.25, 0.75)])
+@pytest.mark.parametrize("base", [0.5, 0.0])
+def test_no_gain_to_recover(metric: str, better: float, worse: float, base: float) -> None:
+    """Where no baseline beats the base, its own score is the unit: better is still better."""
+    o = Objective.bind(fitness({"metric": metric}, objective="recovered_gain"), scores(base, metric=metric), [])
+    at_base = loss(o, base, metric=metric)
+
+    assert at_base == pytest.approx(0.0, abs=1e-5)
+    if base:
+        assert loss(o, better, metric=metric) == pytest.approx(-0.5, abs=1e-5)
+        assert loss(o, worse, metric=metric) == pytest.approx(0.5, abs=1e-5)
+    else:
+        assert np.isfinite(loss(o, worse, metric=metric))
+
+
+def test_floor_prices_forgetting() -> None:
+    """Below the base plus the margin every lost point costs `penalty` more; above it nothing."""
+    o = bound(fitness({}, {}, floor={"penalty": 3.0, "margin": 0.1}))
+    free = bound(fitness({}, {}))
+
+    assert loss(o, 0.6, 0.5) == pytest.approx(loss(free, 0.6, 0.5))
+    assert loss(o, 0.5, 0.5) == pytest.approx(loss(free, 0.5, 0.5) + 0.5 * 3.0 * 0.1)
+    assert loss(o, 0.2, 0.9) > loss(o, 0.6, 0.5)
+
+
+def test_floor_of_a_lower_metric() -> None:
+    """For cross-entropy, falling below the base means rising above it."""
+    spec = fitness({"metric": "cross_entropy"}, floor={"penalty": 2.0})
+    o = Objective.bind(spec, scores(0.5, metric="cross_entropy"), [])
+
+    assert loss(o, 0.4, metric="cross_entropy") == pytest.approx(0.4)
+    assert loss(o, 0.7, metric="cross_entropy") == pytest.approx(0.7 + 2.0 * 0.2)
+
+
+def test_failures_lose_without_bound() -> None:
+    """The loss of a failure is +inf and cannot be changed by accident."""
+    assert FAILED.tolist() == [np.inf]
+    with pytest.raises(ValueError, match="read-only"):
+        FAILED[0] = 0.0
