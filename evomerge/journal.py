@@ -6,6 +6,7 @@ it appends. So the loop in `run.py` is written once, and resuming is running it 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import zlib
@@ -28,22 +29,44 @@ TOLERANCE = 1e-6
 Event = dict[str, Any]
 
 
-def _seal(event: Event) -> bytes:
+def seal(event: Event) -> bytes:
+    """One checksummed line."""
     body = canonical_json(event)
     crc = zlib.crc32(body.encode("ascii"))
     return (canonical_json({**event, "crc": crc}) + "\n").encode("ascii")
 
 
-def _unseal(line: bytes, seq: int) -> Event:
-    """Raises ValueError for anything that `_seal` did not write as event number `seq`."""
+def read_sealed(path: Path) -> list[Event]:
+    """The whole lines at the head of a file that `seal` wrote; the rest, torn or damaged, is left out."""
+    out: list[Event] = []
+    if path.exists():
+        with path.open("rb") as f:
+            while line := f.readline(MAX_LINE + 1):
+                try:
+                    out.append(_opened(line))
+                except (ValueError, RecursionError):
+                    break
+    return out
+
+
+def _opened(line: bytes) -> Event:
+    """Raises ValueError for a line that `seal` did not write."""
     if len(line) > MAX_LINE:
         raise ValueError(f"a line of {len(line)} bytes")
     event = json.loads(line)
-    if not isinstance(event, dict) or not isinstance(event.get("kind"), str):
+    if not isinstance(event, dict):
         raise ValueError("not an event")
     crc = event.pop("crc", None)
     if crc != zlib.crc32(canonical_json(event).encode("ascii")):
         raise ValueError("wrong checksum")
+    return event
+
+
+def _unseal(line: bytes, seq: int) -> Event:
+    """Raises ValueError for anything that `seal` did not write as event number `seq`."""
+    event = _opened(line)
+    if not isinstance(event.get("kind"), str):
+        raise ValueError("not an event")
     if event.get("v") != VERSION:
         raise ValueError(f"journal format {event.get('v')!r}; this version reads format {VERSION}")
     if event.get("seq") != seq:
@@ -52,9 +75,9 @@ def _unseal(line: bytes, seq: int) -> Event:
 
 
 def read(path: Path) -> tuple[list[Event], int]:
-    """All whole events and the number of bytes they take. A torn last line is left out.
+    """All whole events and the number of bytes they take. A torn last line (without its newline) is left out.
 
-    Raises UserError where anything before the last line is damaged: that is no interrupted write.
+    Raises UserError where any whole line is damaged: that is no interrupted write.
     """
     events: list[Event] = []
     good = 0
@@ -66,8 +89,8 @@ def read(path: Path) -> tuple[list[Event], int]:
                         raise ValueError("torn")
                     events.append(_unseal(line, len(events)))
                 except (ValueError, RecursionError) as e:
-                    if f.read(1) == b"" and not isinstance(e, RecursionError) and "format" not in str(e):
-                        return events, good  # the write that a crash cut short
+                    if not line.endswith(b"\n") and f.read(1) == b"":
+                        return events, good  # the write that a crash cut short; its newline goes last
                     reason = str(e).splitlines()[0]
                     raise UserError(
                         f"{path} line {len(events) + 1}: damaged ({reason}); restore the file from a copy"
@@ -88,11 +111,13 @@ class Journal:
         self._cursor = 0
         self._accept_drift = accept_drift
         self._on_drift = on_drift
-        good = 0
+        self._size = 0
         if path.exists():
-            self.events, good = read(path)
-        self._file = path.open("ab")
-        self._file.truncate(good)
+            self.events, self._size = read(path)
+        self._told = {(e.get("id"), e.get("items")) for e in self.events if e["kind"] == "told"}
+        # Unbuffered: what a failed write leaves in a buffer would be written again on closing.
+        self._file = path.open("ab", buffering=0)
+        self._file.truncate(self._size)
 
     def __enter__(self) -> Journal:
         return self
@@ -105,12 +130,14 @@ class Journal:
         """True while recorded events are still ahead of the cursor."""
         return self._cursor < len(self.events)
 
-    def upcoming(self, kind: str) -> list[Event]:
-        """Recorded events of one kind that stand next, in one unbroken run from the cursor."""
-        end = self._cursor
-        while end < len(self.events) and self.events[end]["kind"] == kind:
-            end += 1
-        return self.events[self._cursor : end]
+    def will_tell(self, proposal: int, items: str) -> bool:
+        """True where the recorded events hold a result of this proposal on this item set."""
+        return (proposal, items) in self._told
+
+    @property
+    def next_event(self) -> Event:
+        """The recorded event at the cursor; only while replaying."""
+        return self.events[self._cursor]
 
     def record(self, kind: str, /, **payload: Any) -> Event:
         """Append one event, or replay it: then what the journal says is returned, and it must agree.
@@ -124,18 +151,31 @@ class Journal:
             self._agree(recorded, event)
         else:
             recorded = event
-            self._file.write(_seal(event))
-            self._file.flush()
-            if kind in DURABLE:
-                os.fsync(self._file.fileno())
+            self._append(seal(event), sync=kind in DURABLE)
         self._cursor += 1
         return recorded
 
-    def take(self) -> Event:
-        """Step over the next recorded event without comparing it (its content is the truth)."""
+    def take(self, kind: str) -> Event:
+        """Step over the next recorded event, which must be of this kind; its content is the truth."""
         event = self.events[self._cursor]
+        if event["kind"] != kind:
+            self._agree(event, {"kind": kind, "seq": self._cursor})
         self._cursor += 1
         return event
+
+    def _append(self, line: bytes, *, sync: bool) -> None:
+        """Write one whole line or nothing. Raises RunError where the disk is full or gone."""
+        try:
+            written = self._file.write(line)
+            if written != len(line):  # a nearly full disk takes a part and complains at the next write
+                self._file.write(line[written:])
+            if sync:
+                os.fsync(self._file.fileno())
+        except OSError as e:
+            with contextlib.suppress(OSError):
+                self._file.truncate(self._size)
+            raise RunError(f"{self.path}: cannot be written ({e.strerror}); mend that, then resume the run") from None
+        self._size += len(line)
 
     def _agree(self, recorded: Event, event: Event) -> None:
         if recorded["kind"] != event["kind"]:

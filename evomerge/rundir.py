@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,6 +16,7 @@ from evomerge.proposal import Telemetry
 
 JOURNAL = "journal.jsonl"
 TELEMETRY = "telemetry.jsonl"
+FINISHED = "finished.jsonl"
 EXPERIMENT = "experiment.yaml"
 LOCK = ".lock"
 
@@ -84,12 +85,24 @@ class RunDirectory:
         self._telemetry.flush()
 
 
-def first_event(path: Path) -> Event | None:
-    """The journal's `run` event, or None where there is no whole one."""
+@dataclass(frozen=True)
+class Before:
+    """What an existing journal says of its run: the `run` event, its budgets in turn, whether it is finished."""
+
+    facts: Event
+    budgets: tuple[dict[str, Any], ...]
+    finished: bool
+
+
+def before(path: Path) -> Before | None:
+    """The run that a folder holds, or None where there is none yet. Raises UserError for a damaged journal."""
     if not (path / JOURNAL).exists():
         return None
     events, _ = read(path / JOURNAL)
-    return events[0] if events else None
+    if not events:
+        return None
+    budgets = [e["budget"] for e in events if e["kind"] in ("run", "extended")]
+    return Before(events[0], tuple(budgets), events[-1]["kind"] == "stop")
 
 
 def read_telemetry(path: Path) -> list[dict[str, Any]]:

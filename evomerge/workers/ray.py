@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
+import threading
 import time
 from collections import deque
 from dataclasses import dataclass, replace
@@ -146,6 +148,7 @@ class RayExecutor:
         self._ray = ray
         if not ray.is_initialized():
             self._owned = True
+            handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
             try:
                 ray.init(
                     address=self._address,
@@ -156,6 +159,10 @@ class RayExecutor:
             except ConnectionError as e:
                 self._restore_stdout()
                 raise UserError(f"workers.address {self._address!r}: no Ray cluster answers ({e})") from None
+            finally:  # Ray puts its own handlers in; ours finish the commit
+                if threading.current_thread() is threading.main_thread():
+                    for s, handler in handlers.items():
+                        signal.signal(s, handler)
         self._check_resources()
         self._shipped = ray.put(self._make)
         self._actor_class = ray.remote(_Actor)
