@@ -43,9 +43,17 @@ def run(
     A finished run goes on where the budget was raised. Raises UserError for bad input before anything is
     written; RunError where nothing could be scored; Interrupted soon after `interrupted()` turns true.
     """
-    progress = progress or Silent()
     earlier = before(out)
     prepared = prepare(experiment, PlanShape(**earlier.facts["plan_shape"]) if earlier else None)
+    search(prepared, out, progress or Silent(), accept_drift=accept_drift, interrupted=interrupted)
+    return History.read(out)
+
+
+def search(
+    prepared: Prepared, out: Path, progress: Progress, *, accept_drift: bool, interrupted: Callable[[], bool]
+) -> None:
+    """The run itself, from checked input to the journal's last event."""
+    experiment, earlier = prepared.experiment, before(out)
     facts, extensions = run_facts(prepared, earlier, out, progress)
     budget = Budget.model_validate(facts["budget"])
     allowance = Allowance.of(budget, prepared.stages, prepared.items["search"].count)
@@ -76,7 +84,6 @@ def run(
                 executor.close()
                 committer.close()
     progress.end()
-    return History.read(out)
 
 
 def score_baselines(s: Session) -> None:
