@@ -36,8 +36,11 @@ _DTYPES = {"<f4", "<f8", "<i8"}
 
 def decode_array(data: Any) -> NDArray[Any]:
     """The inverse of `encode_array`, read-only. Raises ValueError on anything it did not write."""
-    if not isinstance(data, dict) or data.get("dtype") not in _DTYPES or set(data) != {"dtype", "shape", "b64"}:
+    if not isinstance(data, dict) or str(data.get("dtype")) not in _DTYPES or set(data) != {"dtype", "shape", "b64"}:
         raise ValueError("not an encoded array")
-    raw = base64.b64decode(data["b64"], validate=True)
-    array = np.frombuffer(raw, dtype=data["dtype"])
-    return array.reshape([int(n) for n in data["shape"]])
+    shape = data["shape"]
+    if not isinstance(data["b64"], str) or not isinstance(shape, list):
+        raise ValueError("not an encoded array")
+    if not all(isinstance(n, int) and n >= 0 for n in shape):
+        raise ValueError(f"an encoded array of the shape {shape!r}")
+    return np.frombuffer(base64.b64decode(data["b64"], validate=True), dtype=data["dtype"]).reshape(shape)

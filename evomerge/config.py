@@ -189,7 +189,7 @@ class Experiment(_Part):
     def algorithm_of(self, stage: Stage) -> tuple[str, Any]:
         """Name and options of a stage's algorithm. Raises UserError for wrong settings."""
         name = stage.algorithm or self.search.algorithm
-        return name, make_options(name, {**self.search.settings, **stage.settings})
+        return name, make_options(name, {**self.search.settings, **stage.settings}, beside=Search.model_fields)
 
     def identity(self, hashes: Mapping[str, str], plans: Mapping[str, str], dtype: str) -> str:
         """experiment.id: what determines results. Without budget, workers, export, name, texts and paths."""
@@ -301,21 +301,24 @@ def _resolved_models(models: Models, folder: Path) -> Models:
 def resolve_space(spec: str | StagedSpec | SpaceSpec, folder: Path) -> StagedSpec | SpaceSpec:
     """Library names and paths to specs; the spaces of stages too. Raises UserError."""
     if isinstance(spec, str):
-        path = find("search_spaces", spec, folder)
-        data = load_yaml(path)
-        kind: type[StagedSpec] | type[SpaceSpec] = SpaceSpec
-        if isinstance(data, dict) and "stages" in data:
-            kind = StagedSpec
-        return resolve_space(validated(kind, data, str(path)), path.parent)
+        spec, folder = _read_space(spec, folder)
     if isinstance(spec, StagedSpec):
         stages = []
         for stage in spec.stages:
-            space = resolve_space(stage.space, folder)
+            space = _read_space(stage.space, folder)[0] if isinstance(stage.space, str) else stage.space
             if isinstance(space, StagedSpec):
                 raise UserError("search_space: a stage cannot be staged itself")
             stages.append(stage.model_copy(update={"space": space}))
         return spec.model_copy(update={"stages": tuple(stages)})
     return spec
+
+
+def _read_space(name: str, folder: Path) -> tuple[StagedSpec | SpaceSpec, Path]:
+    """A library entry or file as it stands, and the folder that its own paths are relative to."""
+    path = find("search_spaces", name, folder)
+    data = load_yaml(path)
+    staged = isinstance(data, dict) and "stages" in data
+    return validated(StagedSpec if staged else SpaceSpec, data, str(path)), path.parent
 
 
 def resolve_fitness(spec: str | FitnessSpec, folder: Path) -> FitnessSpec:

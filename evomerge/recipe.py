@@ -6,7 +6,7 @@ canonical form: one rule a block, defaults filled in, coefficients rounded to 1e
 Inert forms that the canonical form removes (each leaves the built weights the same to the last bit):
   1. a source of weight 0, in every method of `merge/methods.py`;
   2. a whole rule without remaining sources, or with lambda 0: the block is the base's;
-  3. a `linear` rule whose only source is the base: the block is the base's;
+  3. a `linear` rule whose only source is the base, normalised or of weight 1: the block is the base's;
   4. sources that no rule mentions.
 """
 
@@ -83,27 +83,28 @@ class Rule(_Part):
             raise ValueError(f"unknown method {self.method!r}{nearest(self.method, METHODS)}")
         method = METHODS[self.method]
         for name, value in self.params.items():
-            if name in method.per_block:
-                _in_range(method, name, value)
-            elif name in method.options:
-                allowed = method.options[name][1]
-                if not any(value is a or (type(value) is type(a) and value == a) for a in allowed):
-                    raise ValueError(f"{name}: expected one of {list(allowed)}, got {value!r}")
-            else:
+            if name not in method.per_block and name not in method.options:
                 raise ValueError(
                     f"{self.method} has no parameter {name!r}{nearest(name, (*method.per_block, *method.options))}"
                 )
+            check_value(method, name, value)
         for source, coefs in self.sources.items():
             for name, value in coefs.items():
                 if name not in method.per_source:
                     raise ValueError(
                         f"source {source!r}: {self.method} has no {name!r} per source{nearest(name, method.per_source)}"
                     )
-                _in_range(method, name, value)
+                check_value(method, name, value)
         return self
 
 
-def _in_range(method: Method, name: str, value: Scalar) -> None:
+def check_value(method: Method, name: str, value: Scalar) -> None:
+    """Raises ValueError where a method's coefficient or option cannot have this value."""
+    if name in method.options:
+        allowed = method.options[name][1]
+        if not any(type(value) is type(a) and value == a for a in allowed):
+            raise ValueError(f"{name}: expected one of {list(allowed)}, got {value!r}")
+        return
     c = method.coefficients[name]
     if isinstance(value, bool | str) or not c.low <= value <= c.high:
         raise ValueError(f"{name}: `{c.low:g} <= {name} <= {c.high:g}` must hold, but got {value!r}")
@@ -298,6 +299,9 @@ class Recipe(_Part):
         return None
 
 
+Source.model_rebuild()  # Recipe and Source name each other
+
+
 def _reduced(rule: Rule, block: str, base: str, manifest: Manifest) -> Rule | None:
     """The rule for one block with defaults filled in and inert parts removed; None where the base remains."""
     method = METHODS[rule.method]
@@ -319,9 +323,12 @@ def _reduced(rule: Rule, block: str, base: str, manifest: Manifest) -> Rule | No
             sources[name] = values
     if method.delta == "none" and rule.sources and not sources:
         raise UserError(f"merge rule for {block}: all weights of {rule.method} are 0, which builds no model")
-    if not sources or params.get("lambda") == 0.0 or (method.delta == "none" and set(sources) == {base}):
+    if not sources or params.get("lambda") == 0.0:
         return None
-    if params.get("normalize") is True and method.delta == "none":
+    normalised = method.delta == "none" and params["normalize"] is True
+    if method.delta == "none" and set(sources) == {base} and (normalised or sources[base]["weight"] == 1.0):
+        return None
+    if normalised:
         total = sum(v["weight"] for v in sources.values())
         if abs(total) < 1e-6:
             raise UserError(f"merge rule for {block}: the weights of linear sum to {total:g} and cannot be normalised")

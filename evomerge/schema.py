@@ -7,6 +7,7 @@ import typing
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from evomerge.errors import UserError, nearest
 
@@ -20,16 +21,17 @@ def validated(model: type[T], data: Any, where: str) -> T:
     try:
         return model.model_validate(data)
     except ValidationError as e:
-        raise UserError(f"{where}: {_first_line(model, e)}") from None
+        raise UserError(f"{where}: {_first_line(model, data, e)}") from None
     except RecursionError:
         raise UserError(f"{where}: nested too deeply") from None
 
 
-def _first_line(model: type[BaseModel], error: ValidationError) -> str:
-    # Unknown keys first: a misspelt key usually causes the other complaints.
-    errors = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+def _first_line(model: type[BaseModel], data: Any, error: ValidationError) -> str:
+    # Unknown keys first: a misspelt key usually causes the other complaints. Last what a mapping gets to hear
+    # where it could also have been a name ("should be a valid string").
+    errors = sorted(error.errors(), key=lambda e: (e["type"] != "extra_forbidden", _another_shape(e)))
     first = errors[0]
-    at = ".".join(str(p) for p in first["loc"] if not _is_tag(p))
+    at = ".".join(_place(first, data))
     if first["type"] == "extra_forbidden":
         known = _fields_at(model, first["loc"][:-1])
         key = str(first["loc"][-1])
@@ -42,9 +44,23 @@ def _first_line(model: type[BaseModel], error: ValidationError) -> str:
     return " ".join(text.split())[:400]
 
 
-def _is_tag(part: Any) -> bool:
-    """pydantic puts the tried member of a union into the path; people do not know those names."""
-    return isinstance(part, str) and (part[:1].isupper() or "[" in part or part in {"str", "int", "float", "literal"})
+def _another_shape(error: ErrorDetails) -> bool:
+    shapes = ("string_type", "literal_error", "tuple_type", "model_type", "dict_type")
+    return error["type"] in shapes and isinstance(error["input"], dict | list)
+
+
+def _place(error: ErrorDetails, data: Any) -> list[str]:
+    """The keys and positions that lead to the error. pydantic's own path also names the tried union members."""
+    out: list[str] = []
+    here, missing = data, error["type"] == "missing"
+    for i, part in enumerate(error["loc"]):
+        listed = isinstance(here, list | tuple) and isinstance(part, int) and part < len(here)
+        if listed or (isinstance(here, dict) and part in here):
+            here = here[part]
+        elif not (missing and i == len(error["loc"]) - 1):
+            continue
+        out.append(str(part))
+    return out
 
 
 def _fields_at(model: type[BaseModel], path: tuple[Any, ...]) -> set[str]:

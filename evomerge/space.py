@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from evomerge.errors import UserError, nearest
 from evomerge.manifest import Manifest
 from evomerge.merge.methods import METHODS, Scalar
 from evomerge.proposal import Genome, frozen_genome
-from evomerge.recipe import Dtype, Match, Recipe, Rule, Source, rounded
+from evomerge.recipe import Dtype, Match, Recipe, Rule, Source, check_value, rounded
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,12 @@ class AxisSpec(_Part):
     default: float | Literal["uniform"] | None = Field(None, description="uniform: 1 / number of experts")
     log: bool = False
 
+    @field_validator("low", "high", "default")
+    @classmethod
+    def _on_the_grid(cls, value: float | str | None) -> float | str | None:
+        # Decoded coefficients are multiples of 1e-6; a bound between two of them could not be encoded again.
+        return rounded(value) if isinstance(value, float) else value
+
     @model_validator(mode="after")
     def _ordered(self) -> AxisSpec:
         if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
@@ -138,13 +144,14 @@ class SpaceSpec(_Part):
                 raise ValueError(
                     f"{name}: bounds must lie within [{c.low:g}, {c.high:g}], got [{axis.low:g}, {axis.high:g}]"
                 )
-        for name in self.params:
+        for name, value in self.params.items():
             if name not in method.options and name not in method.coefficients:
                 raise ValueError(
                     f"{self.method} has no parameter {name!r}{nearest(name, (*method.options, *method.coefficients))}"
                 )
             if name in self.axes:
                 raise ValueError(f"{name} is both an axis and fixed in params; keep one")
+            check_value(method, name, value)
         return self
 
 
@@ -214,8 +221,11 @@ class RuleSpace:
                 coefs = {n: float(v) for n, v in self.spec.params.items() if n in method.per_source}
                 coefs |= {c: values[f"{expert}.{group}.{c}"] for c in method.per_source if c in self.spec.axes}
                 sources[expert] = coefs
-            if method.delta == "none" and abs(sum(c.get("weight", 1.0) for c in sources.values())) < 1e-6:
-                # Weights that cannot be normalised mean "nothing of the experts": the base, so decode is total.
+            weights = [c.get("weight", 1.0) for c in sources.values()]
+            normalised = params.get("normalize", True)
+            if method.delta == "none" and (not any(weights) or (normalised and abs(sum(weights)) < 1e-6)):
+                # Weights that build no model, or cannot be normalised, mean "nothing of the experts": the base,
+                # so decode is total.
                 continue
             rules += [
                 Rule.model_construct(
@@ -238,6 +248,9 @@ class RuleSpace:
         """A point that decodes to the canonical form of `r`. Raises ValueError where there is none."""
         blocks = r.canonical(m).blocks
         method = METHODS[self.spec.method]
+        weights = self.spec.axes.get("weight")
+        # A source that is not there has weight 0; what else it has is inert. Where no weight can be 0, lambda is.
+        zero_weight = weights is not None and weights.low <= 0.0 <= weights.high
         genes = []
         for group, names in self.groups.items():
             rule = blocks.get(names[0])
@@ -246,14 +259,13 @@ class RuleSpace:
                 for c in method.per_source:
                     if c in self.spec.axes:
                         axis = self._axis(f"{expert}.{group}.{c}", c)
-                        # A source that is not there has weight 0; what else it has is inert.
-                        absent = 0.0 if c == "weight" else axis.default
+                        absent = 0.0 if c == "weight" and zero_weight else axis.default
                         genes.append(axis.unit(coefs[c] if coefs is not None and c in coefs else absent))
             for c in method.per_block:
                 if c in self.spec.axes:
                     axis = self._axis(f"{group}.{c}", c)
-                    value = axis.default if rule is None else float(rule.params.get(c, axis.default))
-                    genes.append(axis.unit(value))
+                    absent = 0.0 if c == "lambda" and not zero_weight and axis.low <= 0.0 <= axis.high else axis.default
+                    genes.append(axis.unit(absent if rule is None else float(rule.params.get(c, axis.default))))
         g = frozen_genome(np.clip(np.array(genes), 0.0, 1.0))
         if self.decode(g, m).id != r.canonical(m).id:
             raise ValueError("this space cannot express the recipe: another method, grouping or fixed parameter")

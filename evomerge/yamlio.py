@@ -49,11 +49,8 @@ class _Loader(yaml.SafeLoader):
 
 
 # YAML 1.1 as PyYAML reads it wants a dot in every float; people write 1e-3.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
+_FLOAT = ("tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(*_FLOAT)
 
 
 def parse_yaml(text: str, where: str) -> Any:
@@ -68,8 +65,10 @@ def parse_yaml(text: str, where: str) -> Any:
         mark = e.problem_mark
         at = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise UserError(f"{where}{at}: {e.problem}") from None
-    except (yaml.YAMLError, ValueError) as e:
-        raise UserError(f"{where}: not readable as YAML ({str(e).splitlines()[0]})") from None
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError) as e:
+        # Beside YAMLError, PyYAML lets through whatever an explicit tag on a wrong value runs into (`!!bool x`).
+        reason = (str(e).splitlines() or [type(e).__name__])[0]
+        raise UserError(f"{where}: not readable as YAML ({reason})") from None
 
 
 def load_yaml(path: Path) -> Any:
@@ -88,6 +87,9 @@ def load_yaml(path: Path) -> Any:
 class _Dumper(yaml.SafeDumper):
     def ignore_aliases(self, data: Any) -> bool:
         return True
+
+
+_Dumper.add_implicit_resolver(*_FLOAT)  # so that the text "1e3" is quoted
 
 
 def dump_yaml(data: Any) -> str:

@@ -231,3 +231,30 @@ def recipe_over() -> Callable[..., Any]:
         return Recipe.model_validate({"base": manifest.base, "dtype": dtype, "merge": list(rules)}).canonical(manifest)
 
     return make
+
+
+ManifestOf = Callable[..., Any]
+
+
+@pytest.fixture(scope="session")
+def manifest_of() -> ManifestOf:
+    """manifest_of(layers=2, experts=("math", "code"), tied=False) -> a Llama's Manifest, without files."""
+    from evomerge.architectures import ARCHITECTURES, block_order
+    from evomerge.manifest import Manifest, lay_out
+
+    def make(layers: int = 2, experts: tuple[str, ...] = ("math", "code"), tied: bool = False) -> Manifest:
+        shapes = {"model.embed_tokens.weight": (16, 8), "model.norm.weight": (8,)}
+        if not tied:
+            shapes["lm_head.weight"] = (16, 8)
+        for i in range(layers):
+            at = f"model.layers.{i}"
+            shapes |= {f"{at}.self_attn.{p}_proj.weight": (8, 8) for p in "qkvo"}
+            shapes |= {f"{at}.mlp.up_proj.weight": (12, 8), f"{at}.mlp.down_proj.weight": (8, 12)}
+            shapes |= {f"{at}.input_layernorm.weight": (8,), f"{at}.post_attention_layernorm.weight": (8,)}
+        rows = [(n, s, "F32", str(ARCHITECTURES["llama"].block_of(n))) for n, s in shapes.items()]
+        rows.sort(key=lambda row: block_order(row[3]))
+        names = ("base", *experts)
+        hashes = {name: f"{i:064x}" for i, name in enumerate(names, 1)}
+        return Manifest("base", dict.fromkeys(names, layers), lay_out(rows), hashes)
+
+    return make

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from evomerge.errors import RunError, UserError
 from evomerge.history import History
 from evomerge.journal import read
 from evomerge.run import run
-from evomerge.rundir import read_telemetry
+from evomerge.rundir import RunDirectory, read_telemetry
 from evomerge.workers.inline import InlineExecutor
 
 With = Callable[..., Any]
@@ -332,6 +334,38 @@ def test_the_second_stage_starts_at_the_best_of_the_first(experiment_with: With,
     assert {e.role for e in first} == {"search", "mean"}
 
 
+def test_probes_come_first_and_count(experiment_with: With, tmp_path: Path) -> None:
+    """A budget that affords them scores the probes before stage 0, within the budget, and starts at the best."""
+    change = {"search.budget": {"evaluations": 24}}
+    out = tmp_path / "out"
+    history = run(experiment_with(**change), out)
+    whole = journal(out)
+    probes = [e for e in history.entries.values() if e.name == "probe"]
+    [stage] = events(out, "stage")
+    last = [i for i, e in enumerate(read(out / "journal.jsonl")[0]) if e.get("name") == "probe"][-1]
+
+    assert len(probes) == len(history._spaces[0].probes()) > 0
+    assert sum(e.role == "search" for e in history.entries.values()) == 24
+    best = min(probes, key=lambda e: (history.loss(e, "search"), e.id))
+    start = history._spaces[0].decode(decode_array(stage["inputs"]["start"]), history.manifest)
+    assert start.id == best.recipe_id
+    for keep in (last, last + 3):
+        (out / "journal.jsonl").write_bytes(b"".join(whole.splitlines(keepends=True)[:keep]))
+        run(experiment_with(**change), out)
+        assert journal(out) == whole
+
+
+def test_a_space_that_can_express_a_baseline_starts_there(experiment_with: With, tmp_path: Path) -> None:
+    """Linear merges contain every baseline but the base, so the search begins at the best of them."""
+    space = {"method": "linear", "axes": {"weight": {"low": 0.0, "high": 1.0, "default": "uniform"}}}
+    history = run(experiment_with(search_space=space), tmp_path / "out")
+    [stage] = events(tmp_path / "out", "stage")
+
+    start = history._spaces[0].decode(decode_array(stage["inputs"]["start"]), history.manifest)
+    ranked = sorted((history.loss(e, "search"), e.id) for e in history.baselines.values() if e.name != "base")
+    assert start.id == history.entry(ranked[0][1]).recipe_id
+
+
 def test_two_stages_resume_too(experiment_with: With, tmp_path: Path) -> None:
     """Cut in its second stage, a staged run is completed to the same bytes."""
     out = tmp_path / "out"
@@ -355,15 +389,22 @@ def test_budgets_are_kept(budget: Overrides, asked: int, experiment_with: With, 
     assert history.winner_id is not None
 
 
-def test_a_budget_of_time_ends_and_resumes(experiment_with: With, tmp_path: Path) -> None:
+def test_a_budget_of_time_ends_and_resumes(
+    experiment_with: With, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Minutes end the search after the generation that crosses them; the finished run replays without them."""
-    change = {"search.budget": {"minutes": 0.02}}
+    clock = itertools.count(0.0, 1.0)  # every look costs a second
+    monkeypatch.setattr(RunDirectory, "seconds", property(lambda _: next(clock)))
+    change = {"search.budget": {"minutes": 0.5}}
     history = run(experiment_with(**change), tmp_path / "out")
     whole = journal(tmp_path / "out")
+    monkeypatch.setattr(RunDirectory, "seconds", property(lambda _: 1e9))
     run(experiment_with(**change), tmp_path / "out")
 
+    groups = Counter(e.group for e in history.entries.values() if e.role == "search")
     assert history.stopped
-    assert sum(e.role == "search" for e in history.entries.values()) >= 1
+    assert len(groups) >= 3
+    assert set(list(groups.values())[1:]) == {4}, "a generation that has begun is finished"
     assert journal(tmp_path / "out") == whole
 
 
@@ -420,6 +461,11 @@ def test_other_numerics_are_noted_not_refused(run_copy: Path, experiment_with: W
 # -- real kills -----------------------------------------------------------------------------------------------
 
 
+def written(out: Path) -> int:
+    path = out / "journal.jsonl"
+    return path.stat().st_size if path.exists() else 0
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_kill_9_at_random_moments(small_experiment: Path, tmp_path: Path, finished_run: Path) -> None:
@@ -428,25 +474,22 @@ def test_kill_9_at_random_moments(small_experiment: Path, tmp_path: Path, finish
     out = tmp_path / "out"
     command = [sys.executable, "-m", "evomerge", "run", str(small_experiment), "--out", str(out)]
     command += ["--set", "workers.backend=local"]
-    deaths = 0
+    deaths, size = 0, 0
     for _ in range(60):
         with subprocess.Popen(
             command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}
         ) as driver:
-            if deaths < 6:
-                # Up to where work began, then somewhere within it.
-                start, size = time.monotonic(), out.joinpath("journal.jsonl").stat().st_size if deaths else 0
-                while driver.poll() is None and time.monotonic() - start < 60:
-                    if out.joinpath("journal.jsonl").exists() and journal(out) and len(journal(out)) >= size:
-                        break
-                    time.sleep(0.01)
-                time.sleep(rng.uniform(0.0, 1.5 * deaths))
+            if deaths < 8:
+                # Kill soon after the first new event, so that every life gets somewhere and none gets far.
+                while driver.poll() is None and (not out.is_dir() or written(out) <= size):
+                    time.sleep(0.001)
+                time.sleep(rng.uniform(0.0, 0.1))
                 driver.send_signal(signal.SIGKILL)
             _, errors = driver.communicate(timeout=120)
         if driver.returncode == 0:
             break
         assert driver.returncode == -signal.SIGKILL, errors
-        deaths += 1
+        deaths, size = deaths + 1, written(out)
 
     assert driver.returncode == 0
     assert deaths >= 3

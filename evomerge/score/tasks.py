@@ -121,7 +121,9 @@ def load_items(spec: TaskSpec, folder: Path) -> tuple[Item, ...]:
 
 
 def _with_split(item: Item, split: str) -> Item:
-    return Item(item.id, split, item.prompt, item.choices, item.gold, item.digest, item.where)
+    # Files of two splits may have the same name, in folders of their own.
+    name = item.id or f"{split}/{item.where}"
+    return Item(name, split, item.prompt, item.choices, item.gold, item.digest, item.where)
 
 
 def _split_of(key: str, shares: Mapping[Any, float]) -> str | None:
@@ -136,7 +138,7 @@ def _split_of(key: str, shares: Mapping[Any, float]) -> str | None:
 
 
 def normalised(text: str) -> str:
-    """NFKC, case-folded, punctuation and white space folded to single blanks: equal for near copies."""
+    """NFKC, case-folded, white space folded to single blanks: equal for near copies."""
     folded = unicodedata.normalize("NFKC", text).casefold()
     return re.sub(r"\s+", " ", folded).strip()
 
@@ -170,6 +172,10 @@ def _item(spec: TaskSpec, line: str, where: str, place: str) -> tuple[Item, str]
         data = json.loads(line)
     except (ValueError, RecursionError):
         raise bad("is not JSON; expected one object a line") from None
+    try:
+        json.dumps(data, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise bad("holds half of a surrogate pair, which is no text") from None
     if not isinstance(data, dict):
         raise bad(f"expected a JSON object, got {type(data).__name__}")
     choices, gold = data.get(spec.choices), data.get(spec.gold)
@@ -189,7 +195,8 @@ def _item(spec: TaskSpec, line: str, where: str, place: str) -> tuple[Item, str]
         if spec.group_by not in data:
             raise bad(f"the field {spec.group_by!r} (group_by) is missing")
         key = f"group:{data[spec.group_by]}"
-    return Item(str(data.get("id", where)), "", prompt, texts, gold, digest, where), key
+    name = "" if data.get("id") is None else str(data["id"])
+    return Item(name, "", prompt, texts, gold, digest, where), key
 
 
 def render(template: str, fields: Mapping[str, Any], place: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,13 +35,16 @@ def _module(algorithm: str) -> Any:
     return importlib.import_module(ALGORITHMS[algorithm].where.partition(":")[0])
 
 
-def make_options(algorithm: str, settings: Mapping[str, Any]) -> Any:
-    """The algorithm's options from the experiment's settings. Raises UserError for unknown or wrong ones."""
+def make_options(algorithm: str, settings: Mapping[str, Any], beside: Iterable[str] = ()) -> Any:
+    """The algorithm's options from the experiment's settings. Raises UserError for unknown or wrong ones.
+
+    `beside` are keys that may stand beside the settings; a misspelt one is told from a misspelt setting.
+    """
     options = _module(algorithm).Options
     fields = {f.name: f for f in dataclasses.fields(options)}
     for name, value in settings.items():
         if name not in fields:
-            raise UserError(f"search: {algorithm} has no setting {name!r}{nearest(name, fields)}")
+            raise UserError(f"search: {algorithm} has no setting {name!r}{nearest(name, {*fields, *beside})}")
         wants_int = "int" in str(fields[name].type)
         if isinstance(value, bool) or not isinstance(value, int if wants_int else int | float):
             raise UserError(f"search: {name} should be {'a whole number' if wants_int else 'a number'}, got {value!r}")

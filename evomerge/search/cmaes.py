@@ -30,6 +30,9 @@ from evomerge.space import Axis
 FULL_COVARIANCE_AXES = 200
 """Above this many axes the covariance is diagonal: the full update costs n^3 and learns too slowly."""
 
+LAST_BITS = 1e-6
+"""Largest difference per gene that counts as the same genome on another host (as in the journal)."""
+
 
 @dataclass(frozen=True)
 class Options:
@@ -138,9 +141,10 @@ class CmaEs:
             raise ValueError(f"proposal {p.id} was told a loss of NaN; failures are +inf")
         self._losses[p.id] = loss
         if p.genome is not None:
-            # On another host the journalled genome may differ in the last bits; it is the one that was scored.
+            # On another host the journalled genome may differ in the last bits. Then pycma is told its own vector:
+            # a foreign one loses the preimage outside the bounds that it was drawn from, and the search would jump.
             at = self._order.index(p.id)
-            if not np.array_equal(p.genome, self._genome(self._asked[at])):
+            if np.max(np.abs(p.genome - self._genome(self._asked[at]))) > LAST_BITS:
                 self._asked[at] = np.repeat(p.genome, 2) if self._doubled else np.array(p.genome)
         if math.isfinite(loss) and (self._best is None or loss < self._best[0]):
             self._best = (loss, p)

@@ -65,9 +65,12 @@ class RandomSearch:
         return out
 
     def tell(self, p: Proposal, r: Result) -> None:
-        """Remember the best. Raises ValueError for a proposal that was not asked or was told already."""
+        """Remember the best. Raises ValueError for a proposal that was not asked or was told already,
+        or a NaN loss."""
         if p.id not in self._waiting:
             raise ValueError(f"proposal {p.id} was told but is not waiting; was it returned by ask()?")
+        if math.isnan(r.loss):
+            raise ValueError(f"proposal {p.id} was told a loss of NaN; failures are +inf")
         self._waiting.remove(p.id)
         if math.isfinite(r.loss) and (self._best is None or r.loss < self._best[0]):
             self._best = (r.loss, p)

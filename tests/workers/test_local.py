@@ -74,7 +74,7 @@ def gone(pid: int, seconds: float = 10.0) -> bool:
 
 def test_a_killed_worker_is_replaced_and_its_unit_tried_again(local: Make) -> None:
     """kill -9 in the middle of a unit costs an attempt, not the result."""
-    executor = local(partial(FakeEvaluator, latency=0.5))
+    executor = local(partial(FakeEvaluator, latency=0.8))
     executor.submit(unit(1))
     executor.submit(unit(2))
     while executor._workers[0].task is None:
@@ -145,10 +145,13 @@ def test_a_growing_worker_is_stopped(local: Make) -> None:
 def test_two_workers_work_at_the_same_time(local: Make) -> None:
     """Two units of two workers are in flight together."""
     executor = local(partial(FakeEvaluator, latency=0.3), count=2)
-    for n in range(4):
+    executor.submit(unit(0))
+    done: list[Done] = []
+    while not done or not all(w.ready for w in executor._workers):
+        done += executor.wait(0.05)
+    for n in range(1, 4):
         executor.submit(unit(n))
     both = False
-    done: list[Done] = []
     while len(done) < 4:
         done += executor.wait(0.05)
         both |= all(w.task is not None for w in executor._workers)

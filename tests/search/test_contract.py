@@ -1,0 +1,376 @@
+"""The exam that every search algorithm takes: a new line in ALGORITHMS inherits all of it."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from evomerge.errors import UserError
+from evomerge.proposal import Genome, Proposal, Result, frozen_genome
+from evomerge.search import ALGORITHMS, make_optimizer, make_options
+from evomerge.search.base import Optimizer, Start
+from evomerge.space import Axis
+
+pytestmark = pytest.mark.parametrize("algorithm", ALGORITHMS)
+
+Loss = Callable[[Genome], float]
+
+
+def floats(n: int) -> tuple[Axis, ...]:
+    return tuple(Axis(f"x{i}") for i in range(n))
+
+
+def optimizer(
+    algorithm: str, axes: Sequence[Axis] | int = 3, seed: int = 1, start: float = 0.3, first_id: int = 0
+) -> Optimizer:
+    axes = floats(axes) if isinstance(axes, int) else axes
+    rng = np.random.Generator(np.random.PCG64(seed))
+    begin = Start(frozen_genome(np.full(len(axes), start)))
+    return make_optimizer(algorithm, axes, begin, rng, itertools.count(first_id), make_options(algorithm, {}))
+
+
+def genome_of(p: Proposal) -> Genome:
+    assert p.genome is not None
+    return p.genome
+
+
+def sphere(g: Genome) -> float:
+    return float(((g - 0.71) ** 2).sum())
+
+
+def told(loss: float) -> Result:
+    return Result(np.array([loss]), "ok" if math.isfinite(loss) else "failed:nan")
+
+
+def search(opt: Optimizer, budget: int, loss: Loss = sphere, slice_: int = 10**6) -> list[tuple[Proposal, float]]:
+    """Ask, score and tell in proposal order until the budget is spent."""
+    done: list[tuple[Proposal, float]] = []
+    while len(done) < budget and not opt.stop():
+        group: list[Proposal] = []
+        while part := opt.ask(min(slice_, budget - len(done) - len(group))):
+            group += part
+            if len(done) + len(group) == budget:
+                break
+        for p in group:
+            value = loss(genome_of(p))
+            opt.tell(p, told(value))
+            done.append((p, value))
+    return done
+
+
+def genomes(done: list[tuple[Proposal, float]]) -> np.ndarray[Any, Any]:
+    return np.array([p.genome for p, _ in done])
+
+
+@pytest.mark.parametrize("n", [1, 2, 10, 250])
+def test_proposals_are_points_of_the_cube(algorithm: str, n: int) -> None:
+    """In every dimension genomes are read-only float64 vectors of the unit cube, without a recipe."""
+    opt = optimizer(algorithm, n)
+
+    done = search(opt, 60)
+
+    assert len(done) == 60
+    for p, _ in done:
+        g = genome_of(p)
+        assert g.shape == (n,)
+        assert g.dtype == np.float64
+        assert not g.flags.writeable
+        assert g.min() >= 0.0
+        assert g.max() <= 1.0
+        assert p.recipe is None
+
+
+def test_ask_gives_at_most_what_was_asked_for(algorithm: str) -> None:
+    """ask(n) returns 0 to n proposals, and [] while the tells of a generation are awaited."""
+    opt = optimizer(algorithm)
+    group: list[Proposal] = []
+
+    for _ in range(10_000):
+        part = opt.ask(3)
+        assert len(part) <= 3
+        if not part:
+            break
+        group += part
+
+    assert group
+    assert opt.ask(100) == []
+    assert len({p.group for p in group}) == 1
+
+
+def test_a_partly_told_generation_keeps_waiting(algorithm: str) -> None:
+    """No proposal of the next generation appears before the last tell of this one."""
+    opt = optimizer(algorithm)
+    group = opt.ask(10**6)
+
+    for p in group[:-1]:
+        opt.tell(p, told(1.0))
+        assert opt.ask(10) == []
+    opt.tell(group[-1], told(1.0))
+
+    assert [p.group for p in opt.ask(1)] == [group[0].group + 1]
+
+
+def test_ids_come_from_the_shared_iterator(algorithm: str) -> None:
+    """Numbers go up in the order of asking, without gaps, from where the run's iterator stands."""
+    opt = optimizer(algorithm, first_id=7)
+
+    done = search(opt, 40)
+
+    assert [p.id for p, _ in done] == list(range(7, 47))
+
+
+def test_a_stranger_is_refused(algorithm: str) -> None:
+    """Telling a proposal that was never asked is an error, and so is one of an earlier generation."""
+    opt = optimizer(algorithm)
+    first = opt.ask(10**6)
+    with pytest.raises(ValueError, match="not waiting"):
+        opt.tell(Proposal(999_999, 0, genome=first[0].genome), told(1.0))
+    for p in first:
+        opt.tell(p, told(1.0))
+    opt.ask(10**6)
+
+    with pytest.raises(ValueError, match="not waiting"):
+        opt.tell(first[0], told(1.0))
+
+
+def test_told_twice_is_refused(algorithm: str) -> None:
+    """The second tell of a proposal is an error and changes nothing."""
+    opt, other = optimizer(algorithm), optimizer(algorithm)
+    group = opt.ask(10**6)
+    opt.tell(group[0], told(2.0))
+
+    with pytest.raises(ValueError, match="not waiting"):
+        opt.tell(group[0], told(0.0))
+
+    for p in group[1:]:
+        opt.tell(p, told(sphere(genome_of(p))))
+    for p in other.ask(10**6):
+        other.tell(p, told(2.0 if p.id == 0 else sphere(genome_of(p))))
+    assert [genome_of(p).tobytes() for p in opt.ask(9)] == [genome_of(p).tobytes() for p in other.ask(9)]
+
+
+def test_nan_is_refused(algorithm: str) -> None:
+    """A loss of NaN is an error; the proposal still waits and may be told +inf."""
+    opt = optimizer(algorithm)
+    group = opt.ask(10**6)
+
+    with pytest.raises(ValueError, match="NaN"):
+        opt.tell(group[0], told(math.nan))
+
+    for p in group:
+        opt.tell(p, told(math.inf))
+    assert opt.ask(1)
+
+
+def test_several_losses_are_refused(algorithm: str) -> None:
+    """A scalar search says so when it is told two losses, and keeps waiting for one."""
+    opt = optimizer(algorithm)
+    group = opt.ask(10**6)
+
+    with pytest.raises(ValueError, match="2 losses"):
+        opt.tell(group[0], Result(np.array([1.0, 2.0])))
+
+    for p in group:
+        opt.tell(p, told(1.0))
+    assert opt.ask(1)
+
+
+def test_same_seed_same_trajectory(algorithm: str) -> None:
+    """Equal seeds give equal genomes, bit for bit, whatever else happened to numpy's global generator."""
+    first = search(optimizer(algorithm, 5, seed=3), 120)
+    np.random.seed(99)  # noqa: NPY002
+    second = search(optimizer(algorithm, 5, seed=3), 120)
+
+    assert genomes(first).tobytes() == genomes(second).tobytes()
+
+
+def test_another_seed_differs(algorithm: str) -> None:
+    """Another seed gives other genomes from the first generation on."""
+    first, second = (genomes(search(optimizer(algorithm, seed=s), 20)) for s in (3, 4))
+
+    assert not np.array_equal(first[1:4], second[1:4])
+
+
+def test_global_generator_is_untouched(algorithm: str) -> None:
+    """A whole search leaves numpy's global generator exactly as it was."""
+    np.random.seed(5)  # noqa: NPY002
+    before = np.random.get_state()  # noqa: NPY002
+
+    opt = optimizer(algorithm, 4)
+    search(opt, 100)
+    opt.recommend(2)
+
+    after = np.random.get_state()  # noqa: NPY002
+    assert before[0] == after[0]
+    assert np.array_equal(before[1], after[1])
+    assert before[2:] == after[2:]
+
+
+def test_slicing_does_not_matter(algorithm: str) -> None:
+    """ask(1) again and again gives the same proposals as asking for a whole generation."""
+    whole = search(optimizer(algorithm, 4), 90)
+    sliced = search(optimizer(algorithm, 4), 90, slice_=1)
+    threes = search(optimizer(algorithm, 4), 90, slice_=3)
+
+    for other in (sliced, threes):
+        assert [(p.id, p.group) for p, _ in whole] == [(p.id, p.group) for p, _ in other]
+        assert genomes(whole).tobytes() == genomes(other).tobytes()
+
+
+def test_generations_of_failures_are_survived(algorithm: str) -> None:
+    """Where everything fails the search goes on asking, and still learns nothing it should not."""
+    opt = optimizer(algorithm)
+
+    done = search(opt, 80, lambda g: math.inf)
+
+    assert len(done) == 80
+    assert not opt.stop()
+    assert all(np.isfinite(genome_of(p)).all() for p in opt.recommend(3))
+    assert len(search(opt, 40)) == 40
+
+
+def test_mixed_failures_are_survived(algorithm: str) -> None:
+    """Half the cube fails; the search goes on and its best lies in the other half."""
+    opt = optimizer(algorithm)
+
+    done = search(opt, 200, lambda g: math.inf if g[0] < 0.5 else sphere(g))
+
+    assert len(done) == 200
+    best, loss = min(done, key=lambda d: d[1])
+    assert math.isfinite(loss)
+    assert genome_of(best)[0] >= 0.5
+
+
+def test_improves_on_its_start(algorithm: str) -> None:
+    """Within 300 evaluations of a smooth bowl the best is at least ten times better than the start."""
+    opt = optimizer(algorithm, 3)
+
+    done = search(opt, 300)
+
+    assert min(loss for _, loss in done) < sphere(np.full(3, 0.3)) / 10
+
+
+def test_recommendations_are_proposals_of_the_cube(algorithm: str) -> None:
+    """recommend(k) gives at most k valid proposals with new numbers, and none before anything was told."""
+    opt = optimizer(algorithm, 6)
+    assert opt.recommend(3) == []
+    done = search(opt, 100)
+
+    out = opt.recommend(3)
+
+    assert len(out) <= 3
+    assert opt.recommend(0) == []
+    taken = {p.id for p, _ in done}
+    for p in out:
+        g = genome_of(p)
+        assert g.shape == (6,)
+        assert not g.flags.writeable
+        assert 0.0 <= g.min() <= g.max() <= 1.0
+        assert p.id not in taken
+
+
+def test_recommending_does_not_change_the_search(algorithm: str) -> None:
+    """A look at the recommendation in between draws nothing: the genomes that follow are the same."""
+    first, second = optimizer(algorithm), optimizer(algorithm)
+    for opt in (first, second):
+        search(opt, 32)
+
+    second.recommend(2)
+
+    assert genomes(search(first, 30)).tobytes() == genomes(search(second, 30)).tobytes()
+
+
+def test_replay_reproduces_the_genomes(algorithm: str) -> None:
+    """Feeding the recorded losses into a fresh optimizer asks the recorded genomes again, failures included."""
+    recorded = search(optimizer(algorithm, 5), 150, lambda g: math.inf if g[1] > 0.9 else sphere(g))
+    losses = iter([loss for _, loss in recorded])
+
+    replayed = search(optimizer(algorithm, 5), 150, lambda g: next(losses))
+
+    assert genomes(recorded).tobytes() == genomes(replayed).tobytes()
+
+
+def test_told_with_a_drifted_genome(algorithm: str) -> None:
+    """A journalled genome that differs in the last bits is told without error, and the search stays close."""
+    exact = optimizer(algorithm, 4)
+    drifted = optimizer(algorithm, 4)
+    for _ in range(6):
+        for a, b in zip(exact.ask(10**6), drifted.ask(10**6), strict=True):
+            g = frozen_genome(np.clip(genome_of(b) + 1e-9, 0.0, 1.0))
+            assert np.abs(g - genome_of(a)).max() < 1e-6
+            loss = sphere(genome_of(a))
+            exact.tell(a, told(loss))
+            drifted.tell(Proposal(b.id, b.group, genome=g), told(loss))
+
+    assert np.abs(genome_of(exact.ask(1)[0]) - genome_of(drifted.ask(1)[0])).max() < 1e-6
+
+
+def test_proposals_carry_no_hidden_link(algorithm: str) -> None:
+    """The start that was handed in stays as it was, and genomes share no memory with it that could change."""
+    start = frozen_genome([0.25, 0.5])
+    before = start.tobytes()
+    rng = np.random.Generator(np.random.PCG64(1))
+    opt = make_optimizer(algorithm, floats(2), Start(start), rng, itertools.count(), make_options(algorithm, {}))
+
+    search(opt, 60)
+
+    assert start.tobytes() == before
+
+
+def test_axes_of_all_kinds(algorithm: str) -> None:
+    """Float, int and categorical axes are searched together, and every level of each is tried."""
+    axes = (
+        Axis("x"),
+        Axis("n", "int", 0, 4, default=2.0),
+        Axis("c", "categorical", choices=("a", "b", "c"), default="b"),
+    )
+    opt = optimizer(algorithm, axes, start=0.5)
+
+    done = search(opt, 200, lambda g: float((g[0] - 0.2) ** 2))
+
+    assert {axes[1].value(float(genome_of(p)[1])) for p, _ in done} == {0.0, 1.0, 2.0, 3.0, 4.0}
+    assert {axes[2].value(float(genome_of(p)[2])) for p, _ in done} == {"a", "b", "c"}
+
+
+def test_unknown_axis_kind_is_refused(algorithm: str) -> None:
+    """An axis kind outside the algorithm's needs is refused by name before the search begins."""
+    axis: Any = Axis("perm", "permutation")  # type: ignore[arg-type]
+    rng = np.random.Generator(np.random.PCG64(1))
+
+    with pytest.raises(UserError, match=r"cannot search the permutation axis 'perm'"):
+        make_optimizer(
+            algorithm, [axis], Start(frozen_genome([0.5])), rng, itertools.count(), make_options(algorithm, {})
+        )
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"populatoin": 8}, "no setting 'populatoin'; did you mean 'population'"),
+        ({"population": "8"}, "population should be a whole number, got '8'"),
+        ({"population": True}, "population should be a whole number, got True"),
+        ({"population": 8.5}, "population should be a whole number, got 8.5"),
+        ({"population": 0}, "population"),
+    ],
+)
+def test_wrong_settings_are_refused(algorithm: str, settings: dict[str, Any], words: str) -> None:
+    """Settings are checked by name, kind and range, each in one line."""
+    with pytest.raises(UserError) as caught:
+        make_options(algorithm, settings)
+
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_settings_count(algorithm: str) -> None:
+    """`population` sets the size of a generation, for every algorithm that has generations."""
+    rng = np.random.Generator(np.random.PCG64(1))
+    options = make_options(algorithm, {"population": 5})
+    opt = make_optimizer(algorithm, floats(3), Start(frozen_genome([0.5] * 3)), rng, itertools.count(), options)
+
+    assert len(opt.ask(100)) == 5

@@ -1,0 +1,600 @@
+"""Recipes: canonical form, ids, YAML, and one line for every kind of bad input."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from evomerge.canonical import canonical_json
+from evomerge.errors import UserError
+from evomerge.manifest import Manifest
+from evomerge.merge.methods import METHODS
+from evomerge.recipe import Recipe, check_value, rounded
+from evomerge.yamlio import dump_yaml
+
+Data = dict[str, Any]
+
+
+def recipe(merge: list[Data] | None = None, **other: Any) -> Recipe:
+    return Recipe.from_yaml(dump_yaml({"recipe": 1, **({} if merge is None else {"merge": merge}), **other}))
+
+
+def rule(method: str = "task_arithmetic", match: Any = "all", params: Data | None = None, **weights: Any) -> Data:
+    sources = {n: w if isinstance(w, dict) else {"weight": w} for n, w in weights.items()}
+    return {"match": match, "method": method, "params": params or {}, "sources": sources}
+
+
+@pytest.fixture(scope="module")
+def m(manifest_of: Any) -> Manifest:
+    return manifest_of(layers=4)  # type: ignore[no-any-return]
+
+
+# -- equal ids: the same model written in another way -----------------------------------------------------------
+
+RANGES = [
+    rule(match={"layers": [0, 1]}, math=0.5),
+    rule(match={"layers": [2, 3]}, math=0.5),
+    rule(match={"module": ["embed", "final_norm", "head"]}, math=0.5),
+]
+EQUAL: dict[str, tuple[list[Data], list[Data]]] = {
+    "order of sources": ([rule(math=0.5, code=0.25)], [rule(code=0.25, math=0.5)]),
+    "whole numbers": ([rule(math=1)], [rule(math=1.0)]),
+    "default coefficients": ([rule(math={})], [rule(math=1.0, params={"lambda": 1})]),
+    "default options": ([rule("ties", math=0.5)], [rule("ties", math=0.5, params={"normalize": True})]),
+    "default density": ([rule("ties", math=0.5)], [rule("ties", math={"weight": 0.5, "density": 1})]),
+    "all or ranges": ([rule(math=0.5)], RANGES),
+    "all or every module": (
+        [rule(math=0.5)],
+        [rule(match={"module": ["embed", "attention", "mlp", "norm", "final_norm", "head"]}, math=0.5)],
+    ),
+    "order of rules for other blocks": (RANGES, RANGES[::-1]),
+    "rules that are never reached": ([rule(math=0.5)], [rule(math=0.5), rule(code=3.0)]),
+    "weight 0": ([rule(math=0.5)], [rule(math=0.5, code=0.0)]),
+    "weight -0": ([rule(math=0.5)], [rule(math=0.5, code=-0.0)]),
+    "weight below the rounding": ([rule(math=0.5)], [rule(math=0.5 + 1e-9, code=1e-9)]),
+    "weight 0 in ties": ([rule("ties", math=0.5)], [rule("ties", math=0.5, code={"weight": 0, "density": 0.3})]),
+    "lambda 0": ([], [rule(math=0.5, params={"lambda": 0})]),
+    "lambda 0 in ties": ([], [rule("ties", math=0.5, params={"lambda": 0.0})]),
+    "no sources": ([], [rule()]),
+    "no sources in linear": ([], [rule("linear")]),
+    "only weights 0": ([], [rule(math=0.0, code=0)]),
+    "linear of the base": ([], [rule("linear", base=0.7)]),
+    "linear of the base, weight 1": ([], [rule("linear", base=1, params={"normalize": False})]),
+    "linear of the base and a weight 0": ([], [rule("linear", base=0.7, math=0)]),
+}
+
+
+@pytest.mark.parametrize("name", EQUAL)
+def test_equal_models_have_equal_ids(name: str, m: Manifest) -> None:
+    """Two ways to write the same model give the same id and the same canonical JSON."""
+    one, two = (recipe(merge).canonical(m) for merge in EQUAL[name])
+
+    assert one.id == two.id
+    assert canonical_json(one.to_json()["merge"] if one.blocks else []) == canonical_json(
+        two.to_json()["merge"] if two.blocks else []
+    )
+
+
+def test_rules_that_leave_the_base_shadow_later_ones(m: Manifest) -> None:
+    """First match wins, also where the first match is inert: that block stays the base's."""
+    r = recipe([rule(match={"layers": [0, 0]}, math=0.0), rule(math=0.5)]).canonical(m)
+
+    assert not any(name.startswith("layers.0.") for name in r.blocks)
+    assert "layers.1.mlp" in r.blocks
+
+
+def test_no_merge_is_the_base(m: Manifest) -> None:
+    """A recipe without rules is the base, as one with an empty list is."""
+    assert recipe().canonical(m).id == recipe([]).canonical(m).id
+    assert recipe().canonical(m).blocks == {}
+
+
+def test_unmentioned_sources_and_given_hashes_leave_the_id(m: Manifest) -> None:
+    """Sources that no rule uses, their paths, and hashes that agree are no part of the model."""
+    plain = recipe([rule(math=0.5)]).canonical(m)
+    sources: Data = {"base": {"sha256": m.hashes["base"]}, "math": {"path": "/somewhere"}, "code": {}}
+
+    full = recipe([rule(math=0.5)], sources=sources).canonical(m)
+
+    assert full.id == plain.id
+    assert set(full.sources) == {"base", "math"}
+
+
+def test_path_is_no_part_of_the_id(m: Manifest, tmp_path: Path) -> None:
+    """The same recipe file in two folders has one id, although its sources' paths resolve differently."""
+    text = dump_yaml(recipe([rule(math=0.5)], sources={"base": {"path": "b"}, "math": {"path": "m"}}).to_json())
+    loaded = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "recipe.yaml").write_text(text)
+        loaded.append(Recipe.load(tmp_path / name / "recipe.yaml"))
+
+    assert loaded[0].sources["math"].path == str((tmp_path / "one" / "m").resolve())
+    assert loaded[0].sources["math"].path != loaded[1].sources["math"].path
+    assert loaded[0].canonical(m).id == loaded[1].canonical(m).id
+
+
+def test_a_rule_for_the_head_of_a_tied_model_is_inert(manifest_of: Any) -> None:
+    """Tied models have no head of their own, so a rule for it changes nothing."""
+    tied = manifest_of(tied=True)
+    head = rule(match={"module": "head"}, math=0.9)
+    by_name = rule(match={"block": "head"}, math=0.9)
+
+    assert recipe([head, by_name, rule(code=0.5)]).canonical(tied).id == recipe([rule(code=0.5)]).canonical(tied).id
+
+
+# -- different ids: another model --------------------------------------------------------------------------------
+
+PLAIN = {"merge": [rule("ties", math={"weight": 0.5, "density": 0.5}, code=0.25)]}
+OTHERS: dict[str, Data] = {
+    "dtype": {**PLAIN, "dtype": "bfloat16"},
+    "weight": {"merge": [rule("ties", math={"weight": 0.500001, "density": 0.5}, code=0.25)]},
+    "density": {"merge": [rule("ties", math={"weight": 0.5, "density": 0.499999}, code=0.25)]},
+    "method": {"merge": [rule(math=0.5, code=0.25)]},
+    "lambda": {"merge": [rule("ties", math={"weight": 0.5, "density": 0.5}, code=0.25, params={"lambda": 0.9})]},
+    "option": {"merge": [rule("ties", math={"weight": 0.5, "density": 0.5}, code=0.25, params={"normalize": False})]},
+    "swapped sources": {"merge": [rule("ties", code={"weight": 0.5, "density": 0.5}, math=0.25)]},
+    "one block less": {"merge": [rule(match={"block": "layers.1.norm"}), *PLAIN["merge"]]},
+    "sum of the base": {"merge": [rule("linear", base=0.7, params={"normalize": False})]},
+    "sign": {"merge": [rule("ties", math={"weight": -0.5, "density": 0.5}, code=0.25)]},
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_models_have_other_ids(name: str, m: Manifest) -> None:
+    """Whatever changes the built weights changes the id."""
+    assert recipe(**OTHERS[name]).canonical(m).id != recipe(**PLAIN).canonical(m).id
+
+
+def test_part_of_the_base_is_not_the_base(m: Manifest) -> None:
+    """Without normalisation 0.7 times the base is another model than the base."""
+    part = recipe([rule("linear", base=0.7, params={"normalize": False})]).canonical(m)
+
+    assert part.id != recipe().canonical(m).id
+    assert list(part.blocks) == list(m.blocks)
+
+
+def test_other_weights_of_a_source_have_another_id(m: Manifest) -> None:
+    """The id holds the sources' content hashes, the base's included."""
+    ids = set()
+    for changed in (None, "math", "base"):
+        hashes = {n: "f" * 64 if n == changed else h for n, h in m.hashes.items()}
+        ids.add(recipe([rule(math=0.5)]).canonical(Manifest(m.base, m.layers, m.tensors, hashes)).id)
+
+    assert len(ids) == 3
+
+
+def test_an_unused_source_does_not_count(m: Manifest) -> None:
+    """Another hash of a source that the recipe does not use leaves the id alone."""
+    other = Manifest(m.base, m.layers, m.tensors, {**m.hashes, "code": "f" * 64})
+
+    assert recipe([rule(math=0.5)]).canonical(m).id == recipe([rule(math=0.5)]).canonical(other).id
+
+
+# -- canonical form ------------------------------------------------------------------------------------------------
+
+
+def test_canonical_form_is_one_complete_rule_a_block(m: Manifest) -> None:
+    """Every block has its own rule, with sorted sources and every coefficient and option filled in."""
+    r = recipe([rule("ties", math=0.5, code=0.25)]).canonical(m)
+
+    assert list(r.blocks) == list(m.blocks)
+    for one in r.blocks.values():
+        assert list(one.sources) == ["code", "math"]
+        assert one.sources["math"] == {"weight": 0.5, "density": 1.0}
+        assert one.params == {"lambda": 1.0, "normalize": True}
+
+
+def test_first_match_wins(m: Manifest) -> None:
+    """Each block follows the first rule that covers it; blocks without a rule are the base's."""
+    r = recipe(
+        [
+            rule(match={"block": "layers.2.mlp"}, math=0.1),
+            rule(match={"layers": [1, 2], "module": "mlp"}, math=0.2),
+            rule(match={"layers": [2, 3]}, math=0.3),
+        ]
+    ).canonical(m)
+
+    weights = {b: x.sources["math"]["weight"] for b, x in r.blocks.items()}
+    assert weights == {
+        "layers.1.mlp": 0.2,
+        "layers.2.attention": 0.3,
+        "layers.2.mlp": 0.1,
+        "layers.2.norm": 0.3,
+        "layers.3.attention": 0.3,
+        "layers.3.mlp": 0.3,
+        "layers.3.norm": 0.3,
+    }
+
+
+def test_only_canonical_recipes_have_ids(m: Manifest) -> None:
+    """A recipe as people write it has no id before it is bound to a pool."""
+    with pytest.raises(ValueError, match="call canonical"):
+        _ = recipe([rule(math=0.5)]).id
+    with pytest.raises(ValueError, match="call canonical"):
+        _ = recipe().blocks
+
+
+def test_id_is_stable(m: Manifest) -> None:
+    """The id of one known recipe never changes: journals and exports hold it."""
+    r = recipe([rule("ties", math={"weight": 0.5, "density": 0.25}), rule(code=1)]).canonical(m)
+
+    assert len(r.id) == 64
+    assert r.id == recipe([rule("ties", math={"weight": 0.5, "density": 0.25}), rule(code=1)]).canonical(m).id
+    assert r.id == "81381331425b1d5a240d1a47c630bfdcbe1559741248429494991de5fc9cd89d"
+
+
+def test_rounding() -> None:
+    """Coefficients are multiples of 1e-6 and never -0.0."""
+    assert rounded(0.12345649) == 0.123456
+    assert rounded(1 / 3) == 0.333333
+    assert math.copysign(1, rounded(-1e-9)) == 1.0
+
+
+# -- hypothesis over recipes --------------------------------------------------------------------------------------
+
+WEIGHTS = st.one_of(
+    st.sampled_from([0, 0.0, -0.0, 1, 1.0, -1, 0.5, 1e-7, 1e6, -1e6]), st.floats(-1e6, 1e6), st.integers(-9, 9)
+)
+MATCHES = st.one_of(
+    st.just("all"),
+    st.builds(lambda a, b: {"layers": sorted([a, b])}, st.integers(0, 3), st.integers(0, 3)),
+    st.builds(lambda x: {"module": x}, st.sampled_from(["embed", "attention", "mlp", "norm", "final_norm", "head"])),
+    st.builds(lambda x: {"module": x}, st.lists(st.sampled_from(["attention", "mlp"]), min_size=1, max_size=2)),
+    st.builds(lambda i: {"block": f"layers.{i}.mlp"}, st.integers(0, 3)),
+)
+
+
+@st.composite
+def rules(draw: st.DrawFn) -> Data:
+    method = METHODS[draw(st.sampled_from(["task_arithmetic", "ties"]))]
+    values = {"weight": WEIGHTS, "density": st.floats(1e-6, 1), "lambda": WEIGHTS}
+    sources = draw(st.lists(st.sampled_from(["math", "code"]), unique=True, max_size=2))
+
+    def some(names: tuple[str, ...]) -> Data:
+        return {n: draw(values[n]) for n in names if draw(st.booleans())}
+
+    params = some(method.per_block)
+    if method.options and draw(st.booleans()):
+        params["normalize"] = draw(st.booleans())
+    return {
+        "match": draw(MATCHES),
+        "method": method.name,
+        "params": params,
+        "sources": {s: some(method.per_source) for s in sources},
+    }
+
+
+RECIPES = st.builds(
+    lambda merge, dtype: {"recipe": 1, "dtype": dtype, "merge": merge},
+    st.lists(rules(), max_size=4),
+    st.sampled_from(["float32", "bfloat16"]),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=RECIPES)
+def test_canonical_is_idempotent_and_survives_yaml(data: Data, manifest_of: Any) -> None:
+    """canonical(canonical(r)) is the same recipe, and so is what is read back from its YAML, by id and content."""
+    m = manifest_of(layers=4)
+    r = Recipe.from_yaml(dump_yaml(data)).canonical(m)
+
+    assert r.canonical(m).id == r.id
+    assert r.canonical(m).to_json() == r.to_json()
+    back = Recipe.from_yaml(r.to_yaml())
+    assert back.canonical(m).id == r.id
+    assert back.id == r.id
+    assert back.to_yaml() == r.to_yaml()
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=RECIPES)
+def test_written_recipe_reads_back_equal(data: Data) -> None:
+    """Also before it is canonical, a recipe read back from its YAML equals the one that was written."""
+    r = Recipe.from_yaml(dump_yaml(data))
+
+    assert Recipe.from_yaml(r.to_yaml()) == r
+
+
+# -- wider than what is built ---------------------------------------------------------------------------------------
+
+WIDER: dict[str, tuple[str, str]] = {
+    "route": (
+        """
+        merge: [{method: task_arithmetic, sources: {math: {weight: 1.0}}}]
+        route:
+          embed: base
+          final_norm: base
+          head: base
+          hops:
+            - {from: merged, layer: 0}
+            - {from: math, layer: 3, scale: 0.8}
+            - {from: merged, layer: 3, attn_gain: 1, mlp_gain: 0.9}
+        """,
+        "'route'",
+    ),
+    "segments": (
+        "segments: {layout: 'sha256:0', cuts: [0, 81], weights: {a: [0.2, 0.8], b: [0.8, 0.2]}}",
+        "'segments'",
+    ),
+    "ensemble": (
+        "ensemble: {rule: logprob_mean, missing_mass: renormalise, members: {a: 0.6, b: 0.4}}",
+        "'ensemble'",
+    ),
+    "factor mix": ("factor_mix: {sources: {a: {weight: 0.7, keep_a: 0.4}}}", "'factor_mix'"),
+    "adapter": (
+        """
+        sources: {base: {}, med: {kind: adapter}}
+        merge: [{method: linear, sources: {med: {weight: 1}}}]
+        """,
+        "'med' is an adapter",
+    ),
+    "nested recipe": (
+        """
+        sources:
+          base: {}
+          ps: {recipe: {recipe: 1, merge: [{method: linear, sources: {math: {weight: 0.6}}}]}}
+        merge: [{method: linear, sources: {ps: {weight: 1}}}]
+        """,
+        "'ps' is a nested recipe",
+    ),
+    "union tokenizer": ("tokenizer: {policy: union}", "'union'"),
+}
+
+
+@pytest.mark.parametrize("name", WIDER)
+def test_wider_recipes_parse_and_are_refused(name: str, m: Manifest) -> None:
+    """The format already carries what later versions build: it reads, writes, and is refused with what is missing."""
+    text, words = WIDER[name]
+    r = Recipe.from_yaml(text)
+
+    reason = r.unsupported()
+    assert reason is not None
+    assert words in reason
+    with pytest.raises(UserError) as caught:
+        r.canonical(m)
+    assert str(caught.value) == reason
+    assert Recipe.from_yaml(r.to_yaml()) == r
+
+
+# -- bad input ---------------------------------------------------------------------------------------------------------
+
+BAD: list[tuple[str, str]] = [
+    ("", "expected a mapping of keys, got NoneType"),
+    ("[1]", "expected a mapping of keys, got list"),
+    ("recipe: 2", "recipe: Input should be 1, got 2"),
+    ("dtyp: float32", "unknown key 'dtyp'; did you mean 'dtype'?"),
+    ("Merge: []", "unknown key 'Merge'; did you mean 'merge'?"),
+    ("str: 1", "unknown key 'str'"),
+    ("dtype: float8", "'bfloat16'"),
+    ("merge: [{method: linea, sources: {}}]", "merge.0: unknown method 'linea'; did you mean 'linear'?"),
+    ("merge: [{metod: linear, sources: {}}]", "unknown key 'merge.0.metod'; did you mean 'method'?"),
+    ("merge: [{method: linear}]", "the key 'merge.0.sources' is missing"),
+    ("merge: [{method: linear, sources: {Math: {wieght: 1}}}]", "no 'wieght' per source; did you mean 'weight'?"),
+    (
+        "merge: [{method: linear, sources: {Math: 3}}]",
+        "merge.0.sources.Math: Input should be a valid dictionary, got 3",
+    ),
+    ("merge: [{method: ties, params: {lamda: 1}, sources: {}}]", "no parameter 'lamda'; did you mean 'lambda'?"),
+    ("merge: [{method: ties, params: {normalize: 1}, sources: {}}]", "normalize: expected one of [True, False], got 1"),
+    ("merge: [{method: ties, params: {lambda: true}, sources: {}}]", "got True"),
+    ("merge: [{method: ties, params: {lambda: big}, sources: {}}]", "got 'big'"),
+    ("merge: [{method: ties, params: {lambda: .nan}, sources: {}}]", "must hold, but got nan"),
+    ("merge: [{method: ties, sources: {a: {density: 0}}}]", "`1e-06 <= density <= 1` must hold, but got 0.0"),
+    ("merge: [{method: ties, sources: {a: {density: 1.5}}}]", "got 1.5"),
+    ("merge: [{method: ties, sources: {a: {weight: .inf}}}]", "got inf"),
+    (
+        "merge: [{method: linear, sources: {}, match: {layers: [3, 1]}}]",
+        "`0 <= first <= last` must hold, but got [3, 1]",
+    ),
+    ("merge: [{method: linear, sources: {}, match: {layers: [-1, 1]}}]", "[-1, 1]"),
+    ("merge: [{method: linear, sources: {}, match: {layer: [0, 1]}}]", "'merge.0.match.layer'; did you mean 'layers'?"),
+    ("merge: [{method: linear, sources: {}, match: {block: a, module: mlp}}]", "leave out layers and module"),
+    ("merge: [{method: linear, sources: {}, match: {module: mpl}}]", "'mlp'"),
+    ("{merge: [], segments: {layout: a, cuts: [], weights: {}}}", "exclude one another"),
+    (
+        "{ensemble: {rule: prob_mean, members: {a: 1}}, "
+        "route: {embed: a, final_norm: a, head: a, hops: [{from: a, layer: 0}]}}",
+        "not with ensemble",
+    ),
+    ("route: {embed: a, final_norm: a, head: a, hops: [{from: a, layer: 0, scale: 0}]}", "route.hops.0.scale"),
+    ("route: {embed: a, final_norm: a, head: a, hops: [{form: a, layer: 0}]}", "did you mean 'from'?"),
+    ("sources: {a: {recipe: {basee: a}}}", "unknown key 'sources.a.recipe.basee'; did you mean 'base'?"),
+    ("sources: {Math: {sha: a}}", "unknown key 'sources.Math.sha'; did you mean 'sha256'?"),
+    (
+        "{sources: {base: {}, math: {}}, merge: [{method: linear, sources: {mth: {}}}]}",
+        "unknown source 'mth'; did you mean 'math'?",
+    ),
+    (
+        "{sources: {math: {}}, merge: [{method: linear, sources: {math: {}}}]}",
+        "the base 'base' is not among the sources",
+    ),
+    ("{merge: [], merge: []}", "the key 'merge' stands here twice"),
+    ("{base: &a x, dtype: *a}", "aliases (*name) are not accepted"),
+    ("merge: [", "line 1"),
+    ("merge: !!python/name:os.system x", "could not determine a constructor"),
+    ("merge: !!bool maybe", "not readable as YAML"),
+]
+
+
+@pytest.mark.parametrize(("text", "words"), BAD)
+def test_bad_recipes_get_one_line(text: str, words: str) -> None:
+    """Every kind of bad input is refused in one line that names the place, the rule or the nearest name."""
+    with pytest.raises(UserError) as caught:
+        Recipe.from_yaml(text, "here.yaml")
+
+    message = str(caught.value)
+    assert message.startswith("here.yaml")
+    assert words in message
+    assert "\n" not in message
+
+
+UNFIT: list[tuple[list[Data], Data, str]] = [
+    ([rule(maht=1)], {}, "unknown source 'maht'; did you mean 'math'?"),
+    ([rule(base=1)], {}, "task_arithmetic adds to the base; it cannot be a source too"),
+    ([rule("linear", math=0, code=0)], {}, "all weights of linear are 0"),
+    ([rule("linear", math=1, code=-1)], {}, "sum to 0 and cannot be normalised"),
+    ([rule(match={"layers": [4, 9]}, math=1)], {}, "merge rule 1 matches no block of this model"),
+    ([rule(match={"block": "layers.0.mpl"}, math=1)], {}, "matches no block"),
+    ([], {"base": "other"}, "the recipe's base is 'other', the pool's is 'base'"),
+    ([], {"sources": {"base": {}, "maths": {}}}, "needs a source 'maths'; did you mean 'math'?"),
+    ([], {"sources": {"base": {}, "math": {"sha256": "ab" * 32}}}, "not the same weights"),
+]
+
+
+@pytest.mark.parametrize(("merge", "other", "words"), UNFIT)
+def test_recipes_that_do_not_fit_the_pool(merge: list[Data], other: Data, words: str, m: Manifest) -> None:
+    """A recipe that names what the pool does not have, or that builds no model, is refused in one line."""
+    r = recipe(merge, **other)
+
+    with pytest.raises(UserError) as caught:
+        r.canonical(m)
+
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_unreadable_files_get_one_line(tmp_path: Path) -> None:
+    """A missing file, a folder, foreign bytes and a file beyond the cap are each refused by name."""
+    missing, folder, binary, huge = (tmp_path / n for n in ("missing.yaml", "folder.yaml", "binary.yaml", "huge.yaml"))
+    folder.mkdir()
+    binary.write_bytes(b"\xff\xfe\x00")
+    huge.write_text("#" * 4_000_001)
+
+    for path, words in ((missing, "No such file"), (folder, "directory"), (binary, "UTF-8"), (huge, "4000001 bytes")):
+        with pytest.raises(UserError) as caught:
+            Recipe.load(path)
+        assert words in str(caught.value)
+        assert path.name in str(caught.value)
+
+
+def test_nearest_name_for_values() -> None:
+    """check_value is the one place that knows what a coefficient or option may be."""
+    check_value(METHODS["ties"], "density", 0.5)
+    check_value(METHODS["ties"], "normalize", False)
+
+    for name, value in (("density", 0.0), ("density", "x"), ("density", True), ("normalize", 0), ("normalize", "on")):
+        with pytest.raises(ValueError, match=name):
+            check_value(METHODS["ties"], name, value)
+
+
+# -- strangers' files -----------------------------------------------------------------------------------------------------
+
+
+def only_user_errors(text: str) -> None:
+    """Reads, or raises UserError in one line: nothing else may come out."""
+    try:
+        r: Any = Recipe.from_yaml(text)
+    except UserError as e:
+        r = e
+    assert isinstance(r, Recipe) or (str(r) and "\n" not in str(r))
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=st.one_of(st.text(max_size=80), st.binary(max_size=80).map(lambda b: b.decode("utf-8", "replace"))))
+def test_junk_text_raises_only_user_errors(text: str) -> None:
+    """Random text never gets further than one line of refusal."""
+    only_user_errors(text)
+
+
+TAGS = ("bool", "int", "float", "map", "timestamp", "binary", "set", "omap", "pairs", "null", "str", "seq")
+SIGNS = (
+    "{",
+    "}",
+    "[",
+    "]",
+    ":",
+    ",",
+    " ",
+    "\n",
+    "\n  ",
+    "- ",
+    "? ",
+    "&a ",
+    "*a",
+    "|\n",
+    ">\n",
+    "'",
+    '"',
+    "<<",
+    "=",
+    "~",
+)
+WORDS = (
+    "merge",
+    "method",
+    "sources",
+    "recipe",
+    "route",
+    "base",
+    "x",
+    "1",
+    "1e3",
+    ".nan",
+    "2020-01-01",
+    "0x",
+    "0b",
+    "_",
+)
+ODD = ("#", "---", "%", "\\", "\t", "\x85", "\ufeff", "!x ")
+YAML_BITS = st.lists(st.sampled_from([*(f"!!{t} " for t in TAGS), *SIGNS, *WORDS, *ODD]), max_size=14).map("".join)
+
+
+@settings(max_examples=400, deadline=None)
+@given(text=YAML_BITS)
+def test_yaml_like_junk_raises_only_user_errors(text: str) -> None:
+    """Tags on wrong values, stray indicators and half documents never get further than one line of refusal."""
+    only_user_errors(text)
+
+
+SEED = Recipe.from_yaml(WIDER["route"][0]).to_json() | {"sources": {"base": {"sha256": "ab"}, "math": {"path": "x"}}}
+JUNK = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=5),
+    st.lists(st.integers(), max_size=2),
+    st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
+)
+
+
+def places(data: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    inner = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    return [at, *(p for k, v in inner for p in places(v, (*at, k)))]
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_mutated_recipes_raise_only_user_errors(data: st.DataObject) -> None:
+    """A good recipe with one value replaced, removed or renamed reads, or is refused in one line."""
+    mutated = copy.deepcopy(SEED)
+    at = data.draw(st.sampled_from([p for p in places(mutated) if p]))
+    inner = mutated
+    for key in at[:-1]:
+        inner = inner[key]
+    how = data.draw(st.sampled_from(["replace", "remove", "rename"]))
+    if how == "replace" or isinstance(inner, list):
+        inner[at[-1]] = data.draw(JUNK)
+    elif how == "remove":
+        del inner[at[-1]]
+    else:
+        inner[data.draw(st.text(max_size=6))] = inner.pop(at[-1])
+
+    only_user_errors(dump_yaml(mutated))
+
+
+@settings(max_examples=150, deadline=None)
+@given(at=st.integers(0, 10**6), char=st.characters(), cut=st.booleans())
+def test_damaged_text_raises_only_user_errors(at: int, char: str, cut: bool) -> None:
+    """A recipe file with one character replaced, or cut off anywhere, reads or is refused in one line."""
+    text = dump_yaml(SEED)
+    at %= len(text)
+
+    only_user_errors(text[:at] if cut else text[:at] + char + text[at + 1 :])
