@@ -317,8 +317,9 @@ def _read_space(name: str, folder: Path) -> tuple[StagedSpec | SpaceSpec, Path]:
     """A library entry or file as it stands, and the folder that its own paths are relative to."""
     path = find("search_spaces", name, folder)
     data = load_yaml(path)
-    staged = isinstance(data, dict) and "stages" in data
-    return validated(StagedSpec if staged else SpaceSpec, data, str(path)), path.parent
+    if isinstance(data, dict) and "stages" in data:
+        return validated(StagedSpec, data, str(path)), path.parent
+    return validated(SpaceSpec, data, str(path)), path.parent
 
 
 def resolve_fitness(spec: str | FitnessSpec, folder: Path) -> FitnessSpec:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -59,30 +60,29 @@ def search(
     allowance = Allowance.of(budget, prepared.stages, prepared.items["search"].count)
     progress.begin(prepared, allowance.extended(extensions[-1]) if extensions else allowance)
 
-    with RunDirectory(out) as rundir:
+    with (
+        RunDirectory(out) as rundir,
+        Journal(out / JOURNAL, accept_drift=accept_drift, on_drift=rundir.drift) as journal,
+        closing(make_executor(prepared.evaluator(), experiment.workers, prepared.device)) as executor,
+        closing(Committer(journal, executor, rundir, interrupted)) as committer,
+    ):
+        # The journal's file comes first: a folder that has one, even an empty one, is ours to go on with.
         if earlier is None or extensions:
             rundir.write_experiment(experiment.to_yaml())
-        with Journal(out / JOURNAL, accept_drift=accept_drift, on_drift=rundir.drift) as journal:
-            executor = make_executor(prepared.evaluator(), experiment.workers, prepared.device)
-            committer = Committer(journal, executor, rundir, interrupted)
-            session = Session(prepared, journal, committer, progress)
-            try:
-                journal.record("run", **facts)
-                for items in prepared.items.values():
-                    journal.record("items", id=items.id, name=items.name, ids=prepared.item_ids(items))
+        session = Session(prepared, journal, committer, progress)
+        journal.record("run", **facts)
+        for items in prepared.items.values():
+            journal.record("items", id=items.id, name=items.name, ids=prepared.item_ids(items))
 
-                score_baselines(session)
-                for n in range(len(prepared.stages)):
-                    stage = StageRun(session, n, allowance, rundir)
-                    stage.advance(allowance)
-                conclude(session)
-                for more in extensions:
-                    journal.record("extended", budget=more.model_dump(exclude_none=True))
-                    stage.advance(allowance.extended(more))
-                    conclude(session)
-            finally:
-                executor.close()
-                committer.close()
+        score_baselines(session)
+        for n in range(len(prepared.stages)):
+            stage = StageRun(session, n, allowance, rundir)
+            stage.advance(allowance)
+        conclude(session)
+        for more in extensions:
+            journal.record("extended", budget=more.model_dump(exclude_none=True))
+            stage.advance(allowance.extended(more))
+            conclude(session)
     progress.end()
 
 
