@@ -7,6 +7,7 @@ evaluation; the file is emptied whenever nothing waits in it.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evomerge.errors import RunError
-from evomerge.journal import Event, Journal, read_sealed, scores_from_json, scores_to_json, seal
+from evomerge.journal import Event, Journal, Lines, read_sealed, scores_from_json, scores_to_json, seal
 from evomerge.proposal import Evaluation, ItemSet, Job, Scores, WorkUnit
 from evomerge.recipe import Recipe
 from evomerge.rundir import FINISHED, RunDirectory
@@ -157,29 +158,25 @@ class _Finished:
 
     def __init__(self, path: Path) -> None:
         self.waiting: dict[tuple[str, str], Evaluation] = {}
-        for event in read_sealed(path):
-            self.waiting[event["recipe_id"], event["items"]] = _from_json(event)
-        self._file = path.open("ab")
-        self._dirty = path.stat().st_size > 0
-        if not self.waiting:
-            self.sweep()
+        events, good = read_sealed(path)
+        with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):  # lines that `keep` did not write
+            self.waiting = {(str(e["recipe_id"]), str(e["items"])): _from_json(e) for e in events}
+        self._lines = Lines(path, good)
+        self.sweep()
 
     def keep(self, key: tuple[str, str], e: Evaluation) -> None:
         self.waiting[key] = e
-        self._file.write(seal({"recipe_id": key[0], "items": key[1], **_to_json(e)}))
-        self._file.flush()
-        self._dirty = True
+        self._lines.append(seal({"recipe_id": key[0], "items": key[1], **_to_json(e)}))
 
     def take(self, key: tuple[str, str]) -> Evaluation | None:
         return self.waiting.pop(key, None)
 
     def sweep(self) -> None:
-        if self._dirty and not self.waiting:
-            self._file.truncate(0)
-            self._dirty = False
+        if self._lines.size and not self.waiting:
+            self._lines.clear()
 
     def close(self) -> None:
-        self._file.close()
+        self._lines.close()
 
 
 def _to_json(e: Evaluation) -> Event:

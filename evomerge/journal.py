@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,17 +36,21 @@ def seal(event: Event) -> bytes:
     return (canonical_json({**event, "crc": crc}) + "\n").encode("ascii")
 
 
-def read_sealed(path: Path) -> list[Event]:
-    """The whole lines at the head of a file that `seal` wrote; the rest, torn or damaged, is left out."""
+def read_sealed(path: Path) -> tuple[list[Event], int]:
+    """The whole lines at the head of a file that `seal` wrote, and their bytes; what is torn or damaged is left out."""
     out: list[Event] = []
+    good = 0
     if path.exists():
         with path.open("rb") as f:
             while line := f.readline(MAX_LINE + 1):
                 try:
+                    if not line.endswith(b"\n"):
+                        raise ValueError("torn")
                     out.append(_opened(line))
                 except (ValueError, RecursionError):
                     break
-    return out
+                good += len(line)
+    return out, good
 
 
 def _opened(line: bytes) -> Event:
@@ -101,6 +105,56 @@ def read(path: Path) -> tuple[list[Event], int]:
     return events, good
 
 
+class Lines:
+    """A file that grows by whole lines: what a full disk takes of a line is taken back. Raises RunError."""
+
+    def __init__(self, path: Path, size: int) -> None:
+        """Open or create, and cut off what stands behind the first `size` bytes."""
+        self.path = path
+        self._size = size
+        with self._complaining():
+            # Unbuffered: what a failed write leaves in a buffer would be written again on closing.
+            self._file = path.open("ab", buffering=0)
+            self._file.truncate(size)
+
+    @property
+    def size(self) -> int:
+        """Bytes in the file."""
+        return self._size
+
+    def append(self, line: bytes, *, sync: bool = False) -> None:
+        """Write one whole line or nothing."""
+        with self._complaining():
+            try:
+                written = self._file.write(line)
+                if written != len(line):  # a nearly full disk takes a part and complains at the next write
+                    self._file.write(line[written:])
+                if sync:
+                    os.fsync(self._file.fileno())
+            except OSError:
+                with contextlib.suppress(OSError):
+                    self._file.truncate(self._size)
+                raise
+        self._size += len(line)
+
+    def clear(self) -> None:
+        """Remove all lines."""
+        with self._complaining():
+            self._file.truncate(0)
+        self._size = 0
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    @contextlib.contextmanager
+    def _complaining(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as e:
+            raise RunError(f"{self.path}: cannot be written ({e.strerror}); mend that, then resume the run") from None
+
+
 class Journal:
     """An open journal with a replay cursor. Use as a context manager."""
 
@@ -111,19 +165,17 @@ class Journal:
         self._cursor = 0
         self._accept_drift = accept_drift
         self._on_drift = on_drift
-        self._size = 0
+        size = 0
         if path.exists():
-            self.events, self._size = read(path)
+            self.events, size = read(path)
         self._told = {(e.get("id"), e.get("items")) for e in self.events if e["kind"] == "told"}
-        # Unbuffered: what a failed write leaves in a buffer would be written again on closing.
-        self._file = path.open("ab", buffering=0)
-        self._file.truncate(self._size)
+        self._lines = Lines(path, size)
 
     def __enter__(self) -> Journal:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        self._lines.close()
 
     @property
     def replaying(self) -> bool:
@@ -151,7 +203,7 @@ class Journal:
             self._agree(recorded, event)
         else:
             recorded = event
-            self._append(seal(event), sync=kind in DURABLE)
+            self._lines.append(seal(event), sync=kind in DURABLE)
         self._cursor += 1
         return recorded
 
@@ -162,20 +214,6 @@ class Journal:
             self._agree(event, {"kind": kind, "seq": self._cursor})
         self._cursor += 1
         return event
-
-    def _append(self, line: bytes, *, sync: bool) -> None:
-        """Write one whole line or nothing. Raises RunError where the disk is full or gone."""
-        try:
-            written = self._file.write(line)
-            if written != len(line):  # a nearly full disk takes a part and complains at the next write
-                self._file.write(line[written:])
-            if sync:
-                os.fsync(self._file.fileno())
-        except OSError as e:
-            with contextlib.suppress(OSError):
-                self._file.truncate(self._size)
-            raise RunError(f"{self.path}: cannot be written ({e.strerror}); mend that, then resume the run") from None
-        self._size += len(line)
 
     def _agree(self, recorded: Event, event: Event) -> None:
         if recorded["kind"] != event["kind"]:
