@@ -34,13 +34,17 @@ class _Actor:
     """The process on the other side: one evaluator."""
 
     def __init__(self, make: MakeEvaluator) -> None:
-        # Ray sets OMP_NUM_THREADS; the evaluator sets its own thread count.
-        self._evaluator: Evaluator = make()
+        self._make = make
 
     def ready(self) -> tuple[str, int]:
-        """Host name and process id, once everything is loaded."""
+        """Load everything, then give host name and process id.
+
+        Not in the constructor: of what that raises Ray passes on the text only.
+        """
         import socket
 
+        # Ray sets OMP_NUM_THREADS; the evaluator sets its own thread count.
+        self._evaluator: Evaluator = self._make()
         return socket.gethostname(), os.getpid()
 
     def evaluate(self, unit: WorkUnit) -> list[tuple[Evaluation, Telemetry]]:
@@ -213,9 +217,6 @@ class RayExecutor:
                 raise UserError(f"{worker.name}: {cause}") from None
             return self._lost(worker, str(e).strip().splitlines()[-1])
         except errors.RayActorError as e:
-            cause = _cause_of_start(e)
-            if cause is not None:
-                raise UserError(f"{worker.name}: {cause}") from None
             return self._lost(worker, str(e).strip().splitlines()[0])
         except errors.RayError as e:
             return self._lost(worker, str(e).strip().splitlines()[0])
@@ -286,12 +287,6 @@ class RayExecutor:
 def _failed(worker: _Worker, task: _Task, status: str, reason: str) -> list[Done]:
     telemetry = Telemetry(worker=f"{worker.name}@{worker.host}", attempts=task.attempts)
     return [(job, Evaluation(status, reason=reason), telemetry) for job in task.unit.jobs]
-
-
-def _cause_of_start(error: Any) -> UserError | None:
-    """The UserError that an actor's constructor raised, if that is why it died."""
-    cause = getattr(error, "cause", None) or error.__cause__
-    return cause if isinstance(cause, UserError) else None
 
 
 def _summary(resources: dict[str, float]) -> str:
