@@ -56,7 +56,7 @@ class ScoreCache:
                 at.update({p: (scores, i) for i, p in enumerate(there.tasks.get(task, ()))})
             if any(p not in at for p in wanted):
                 return None
-            metrics = scored[0][1][task]
+            metrics = next(scores[task] for there, scores in scored if task in there.tasks)
             out[task] = {m: np.array([at[p][0][task][m][at[p][1]] for p in wanted], np.float32) for m in metrics}
         return Evaluation("ok", out)
 

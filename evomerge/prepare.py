@@ -17,6 +17,7 @@ from evomerge.proposal import ItemSet
 from evomerge.recipe import Match, Recipe, Rule
 from evomerge.schema import validated
 from evomerge.score.plan import Plan, PlanShape, item_sets
+from evomerge.search import needs_of
 from evomerge.space import RuleSpace, SpaceSpec
 from evomerge.workers import Executor, MakeEvaluator
 
@@ -148,7 +149,18 @@ def prepare(experiment: Experiment, shape: PlanShape | None = None) -> Prepared:
     spaces = bind_spaces(experiment, manifest, dtype)
     prepared = Prepared(experiment, manifest, dtype, plans, spaces, device, tuple(pool.notes()))
     prepared.given_recipes()
+    check_lag(experiment)
     return prepared
+
+
+def check_lag(experiment: Experiment) -> None:
+    """Raises UserError for a lag where an algorithm can only be asked for whole generations."""
+    if experiment.search.lag is None:
+        return
+    for stage in experiment.stages:
+        name, _ = experiment.algorithm_of(stage)
+        if not needs_of(name).steady:
+            raise UserError(f"search.lag: {name} learns from whole generations and has no steady state; drop lag")
 
 
 def load_all_items(experiment: Experiment) -> dict[str, Any]:

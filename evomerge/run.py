@@ -133,7 +133,7 @@ class StageRun:
             asked = sum(c.role == "search" for c in s.candidates) + len(outstanding)
             left = 0 if self.optimizer.stop() else allowance.left(self.n, asked, s.journal, self.rundir)
             room = left if lag is None else min(left, lag - len(outstanding))
-            group = [s.ask(p, stage=self.n, role="search") for p in (self.optimizer.ask(room) if room else [])]
+            group = [s.ask(p, stage=self.n, role="search") for p in self._proposals(room, lag)]
             s.submit(group, items)
             outstanding += group
             if not outstanding:
@@ -148,6 +148,13 @@ class StageRun:
         means = [s.ask(p, stage=self.n, role="mean") for p in self.optimizer.recommend(1)]
         for candidate, evaluation in s.score(means, items):
             s.keep(candidate, evaluation)
+
+    def _proposals(self, room: int, lag: int | None) -> list[Proposal]:
+        """At most `room` proposals: one generation's, or in steady state of as many as there is room for."""
+        out = self.optimizer.ask(room) if room else []
+        while lag is not None and len(out) < room and (more := self.optimizer.ask(room - len(out))):
+            out += more
+        return out
 
 
 def stop_where_most_fail(recent: list[Evaluation], window: int) -> None:
