@@ -8,18 +8,18 @@ history.evaluations              # one row per candidate and split
 
 from __future__ import annotations
 
-import sys
-import types
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from evomerge.history import History
+# Before `def run`: importing the module of that name later would put it in the function's place.
+from evomerge import run as _loop
+from evomerge.config import load
+from evomerge.history import History
 
 __version__ = version("evomerge")
-__all__ = ["__version__", "run"]
+__all__ = ["History", "__version__", "run"]
 
 
 def run(
@@ -31,19 +31,5 @@ def run(
 
     Raises ValueError (one line) for bad input, RuntimeError where nothing could be scored.
     """
-    from evomerge.config import load
-    from evomerge.run import run as go
-
     loaded = load(experiment, overrides)
-    return go(loaded, Path(out) if out is not None else Path("runs") / loaded.name)
-
-
-class _Package(types.ModuleType):
-    """Keeps `evomerge.run` the function: importing the module of that name would put the module in its place."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (name == "run" and isinstance(value, types.ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
+    return _loop.run(loaded, Path(out) if out is not None else Path("runs") / loaded.name)

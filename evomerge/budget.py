@@ -53,9 +53,14 @@ class Allowance:
             return max(0, self._candidates(n) - asked)
         if journal.replaying:
             # Time is not repeatable: what the journal holds was within it.
-            upcoming = journal.upcoming("asked")[:1]
-            return UNLIMITED if upcoming and upcoming[0]["role"] == "search" and upcoming[0]["stage"] == n else 0
+            event = journal.next_event
+            asks = event["kind"] == "asked" and event["role"] == "search" and event["stage"] == n
+            return UNLIMITED if asks else 0
         return UNLIMITED if rundir.seconds < self.budget.minutes * 60 * self._until(n) else 0
+
+    def extended(self, budget: Budget) -> Allowance:
+        """The same stages under a larger budget: what is added belongs to the last one."""
+        return Allowance(budget, self.shares, self.items_per_candidate)
 
     @property
     def total(self) -> int | None:

@@ -6,10 +6,13 @@ Exit status: 0 fine, 1 failed, 2 wrong usage or bad input, 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +20,9 @@ from evomerge.errors import RunError, UserError
 
 if TYPE_CHECKING:
     from evomerge.history import History
+
+
+FOLLOW_SECONDS = 5.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,6 +43,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         out = getattr(args, "resume_with", None)
         print(f"\nevomerge: interrupted; go on with: {out}" if out else "\nevomerge: interrupted", file=sys.stderr)
         return 130
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C and SIGTERM set a flag that the loop looks at between commits; a second Ctrl-C stops at once."""
+    stop = False
+
+    def ask_to_stop(number: int, _frame: Any) -> None:
+        nonlocal stop
+        if stop and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop = True
+
+    before = {s: signal.signal(s, ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: stop
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
 
 
 def _line(e: Exception) -> str:
@@ -63,9 +88,11 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, help="run directory (default runs/NAME)")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. search.seed=2")
     p.add_argument("--accept-drift", action="store_true", help="resume although asked genomes differ from the journal")
+    p.add_argument("--warm-start", type=Path, metavar="DIR", help="score the finalists of another run first")
 
     p = with_json(command("resume", _resume, "go on with a run, with the same result as never interrupted"))
     p.add_argument("dir", type=Path)
+    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. search.budget.evaluations=900")
     p.add_argument("--accept-drift", action="store_true", help="resume although asked genomes differ from the journal")
 
     p = with_json(command("check", _check, "check an experiment and estimate its memory and work"))
@@ -74,6 +101,12 @@ def _parser() -> argparse.ArgumentParser:
 
     p = with_json(command("status", _status, "how far a run is"))
     p.add_argument("dir", type=Path)
+    p.add_argument("--follow", action="store_true", help="print again every few seconds until the run is finished")
+
+    p = with_json(command("compare", _compare, "two runs side by side"))
+    p.add_argument("dir", type=Path)
+    p.add_argument("other", type=Path)
+    p.add_argument("--split", choices=("search", "select", "report"), default="report")
 
     p = with_json(command("show", _show, "one candidate with its recipe and scores"))
     p.add_argument("dir", type=Path)
@@ -133,23 +166,34 @@ def _finite(data: Any) -> Any:
 def _run(args: argparse.Namespace) -> int:
     from evomerge.config import load, parse_overrides
 
-    experiment = load(args.experiment, parse_overrides(args.set))
+    overrides = parse_overrides(args.set)
+    if args.warm_start is not None:
+        from evomerge.warm import finalists_of
+
+        overrides["search.warm_start"] = finalists_of(args.warm_start, load(args.experiment, overrides))
+    experiment = load(args.experiment, overrides)
     return _go(args, experiment, args.out or Path("runs") / experiment.name)
 
 
 def _resume(args: argparse.Namespace) -> int:
+    from evomerge.config import parse_overrides
     from evomerge.history import load_resolved
 
-    return _go(args, load_resolved(args.dir), args.dir)
+    return _go(args, load_resolved(args.dir, parse_overrides(args.set)), args.dir)
 
 
 def _go(args: argparse.Namespace, experiment: Any, out: Path) -> int:
+    from evomerge.commit import Interrupted
     from evomerge.progress import Terminal
     from evomerge.report.results import results, text_table
     from evomerge.run import run
 
     args.resume_with = f"evomerge resume {out}"
-    history = run(experiment, out, Terminal(), args.accept_drift)
+    try:
+        with _stoppable() as interrupted:
+            history = run(experiment, out, Terminal(), accept_drift=args.accept_drift, interrupted=interrupted)
+    except Interrupted:
+        raise KeyboardInterrupt from None
     if experiment.export.format is not None:
         target = out / "exports" / experiment.export.format
         if not target.exists():
@@ -176,8 +220,21 @@ def _check(args: argparse.Namespace) -> int:
 def _status(args: argparse.Namespace) -> int:
     from evomerge.report.status import status, status_text
 
-    s = status(args.dir)
-    _print(args, s, lambda: status_text(s))
+    while True:
+        s = status(args.dir)
+        _print(args, s, lambda s=s: status_text(s))  # type: ignore[misc]
+        if not args.follow or s["phase"] == "finished":
+            return 0
+        sys.stdout.flush()
+        time.sleep(FOLLOW_SECONDS)
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from evomerge.history import History
+    from evomerge.report.compare import compare, compare_text
+
+    c = compare(History.read(args.dir), History.read(args.other), args.split)
+    _print(args, c, lambda: compare_text(c))
     return 0
 
 

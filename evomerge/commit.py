@@ -1,125 +1,190 @@
-"""Evaluate a group and commit its results in candidate order: journal first, then the caller.
+"""Evaluate candidates and commit their results in candidate order: journal first, then the caller.
 
 The worker count decides only who waits for whom; what is committed, and in which order, never depends on it.
+A result that arrives before its turn is kept in `finished.jsonl`, so that a killed driver repeats no finished
+evaluation; the file is emptied whenever nothing waits in it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from evomerge.errors import RunError
-from evomerge.journal import Journal, scores_from_json, scores_to_json
+from evomerge.journal import Event, Journal, Lines, read_sealed, scores_from_json, scores_to_json, seal
 from evomerge.proposal import Evaluation, ItemSet, Job, Scores, WorkUnit
 from evomerge.recipe import Recipe
-from evomerge.rundir import RunDirectory
+from evomerge.rundir import FINISHED, RunDirectory
 from evomerge.workers import Executor
 
-WAIT_SECONDS = 1.0
+WAIT_SECONDS = 0.5
+
+
+class Interrupted(Exception):
+    """The user asked to stop; everything acknowledged is in the journal."""
 
 
 @dataclass
 class ScoreCache:
-    """Scores by (recipe, item): what was scored once is never scored again, also across resumes."""
+    """Results by (recipe, item): what was evaluated once is never evaluated again, also across resumes."""
 
-    _known: dict[str, list[tuple[ItemSet, Scores]]] = field(default_factory=dict)
+    _known: dict[str, list[tuple[ItemSet, Evaluation]]] = field(default_factory=dict)
 
-    def add(self, recipe_id: str, items: ItemSet, scores: Scores) -> None:
-        """Remember the scores of one evaluation."""
-        self._known.setdefault(recipe_id, []).append((items, scores))
+    def add(self, recipe_id: str, items: ItemSet, e: Evaluation) -> None:
+        """Remember one evaluation, a failed one too."""
+        if self.get(recipe_id, items) is None:
+            self._known.setdefault(recipe_id, []).append((items, e))
 
-    def get(self, recipe_id: str, items: ItemSet) -> Scores | None:
-        """The scores of all `items`, put together from earlier evaluations, or None where one is missing."""
+    def get(self, recipe_id: str, items: ItemSet) -> Evaluation | None:
+        """The result on `items`, put together from earlier evaluations where need be; None where an item is missing."""
         known = self._known.get(recipe_id, [])
-        for there, scores in known:
+        for there, e in known:
             if there.id == items.id:
-                return scores
-        if not known:
+                return e
+        scored = [(there, e.scores) for there, e in known if e.scores is not None]
+        if not scored:
             return None
-        out: dict[str, dict[str, np.ndarray]] = {}
+        out: dict[str, dict[str, NDArray[np.float32]]] = {}
         for task, wanted in items.tasks.items():
             at: dict[int, tuple[Scores, int]] = {}
-            for there, scores in known:
+            for there, scores in scored:
                 at.update({p: (scores, i) for i, p in enumerate(there.tasks.get(task, ()))})
             if any(p not in at for p in wanted):
                 return None
-            metrics = at[wanted[0]][0][task] if wanted else {}
+            metrics = next(scores[task] for there, scores in scored if task in there.tasks)
             out[task] = {m: np.array([at[p][0][task][m][at[p][1]] for p in wanted], np.float32) for m in metrics}
-        return out
+        return Evaluation("ok", out)
 
 
 class Committer:
     """Holds the journal, the executor and the cache of one run."""
 
-    def __init__(self, journal: Journal, executor: Executor, rundir: RunDirectory) -> None:
+    def __init__(
+        self, journal: Journal, executor: Executor, rundir: RunDirectory, interrupted: Callable[[], bool]
+    ) -> None:
+        """`interrupted` is looked at while results are awaited, never in the middle of a commit."""
         self._journal = journal
         self._executor = executor
         self._rundir = rundir
+        self._interrupted = interrupted
         self._cache = ScoreCache()
         self._units = 0
-        self.cached = 0
-        """Candidates answered from earlier scores in this sitting."""
+        self._running: set[tuple[str, str]] = set()
+        self._promised: set[tuple[str, str]] = set()
+        self._finished = _Finished(rundir.path / FINISHED)
 
-    def evaluate(self, group: Sequence[tuple[int, Recipe]], items: ItemSet) -> Iterator[tuple[int, Evaluation]]:
-        """Score (proposal id, canonical recipe) pairs; yields in the given order, each after its journal entry.
+    def submit(self, group: list[tuple[int, Recipe]], items: ItemSet, *, together: bool = False) -> None:
+        """Hand out what has to be evaluated of (proposal id, canonical recipe) pairs.
 
-        Recorded results are replayed; equal recipes are evaluated once.
+        Left out is what the journal, the cache or `finished.jsonl` has, and equal recipes after the first.
+        `together` makes one work unit of all, for one worker.
         """
-        recorded = {e["id"] for e in self._journal.upcoming("told")}
-        fresh: dict[str, Evaluation] = {}
-        submitted: set[str] = set()
+        jobs = []
         for proposal, recipe in group:
-            if proposal in recorded:
-                submitted.add(recipe.id)  # a copy further on shares its result, as it would have without the cut
+            key = (recipe.id, items.id)
+            if self._journal.will_tell(proposal, items.id):
+                self._promised.add(key)  # a copy further on shares its result, as it would have without the cut
+            if key in self._promised or key in self._running or key in self._finished.waiting:
                 continue
-            if recipe.id in submitted or self._cache.get(recipe.id, items) is not None:
-                continue
-            submitted.add(recipe.id)
-            self._executor.submit(WorkUnit(self._units, (Job(proposal, 0, recipe, items),)))
-            self._units += 1
-        for proposal, recipe in group:
-            if proposal in recorded:
-                evaluation = self._replayed(proposal, items)
-                fresh.setdefault(recipe.id, evaluation)
-                if evaluation.ok and evaluation.scores is not None and self._cache.get(recipe.id, items) is None:
-                    self._cache.add(recipe.id, items, evaluation.scores)
-                yield proposal, evaluation
-                continue
-            known = self._cache.get(recipe.id, items)
-            if known is not None:
-                self.cached += 1
-                yield proposal, self._told(proposal, items, Evaluation("ok", known), cached=True)
-                continue
-            while recipe.id not in fresh:
-                for job, evaluation, telemetry in self._executor.wait(WAIT_SECONDS):
-                    fresh[job.recipe.id] = evaluation
-                    self._rundir.telemetry(job.proposal, items.name, telemetry)
-            evaluation = fresh[recipe.id]
-            if evaluation.scores is not None:
-                self._cache.add(recipe.id, items, evaluation.scores)
-            yield proposal, self._told(proposal, items, evaluation)
+            if self._cache.get(*key[:1], items) is None:
+                self._running.add(key)
+                jobs.append(Job(proposal, 0, recipe, items))
+        for unit in [tuple(jobs)] if together else [(j,) for j in jobs]:
+            if unit:
+                self._executor.submit(WorkUnit(self._units, unit))
+                self._units += 1
+
+    def commit(self, proposal: int, recipe: Recipe, items: ItemSet) -> Evaluation:
+        """The result of one submitted proposal, once it is in the journal. Raises Interrupted."""
+        if self._journal.replaying:
+            e = self._replayed(proposal, items)
+            self._cache.add(recipe.id, items, e)
+            self._finished.take((recipe.id, items.id))
+            return e
+        known = self._cache.get(recipe.id, items)
+        if known is not None:
+            return self._told(proposal, items, known, cached=True)
+        e = self._result((recipe.id, items.id))
+        self._cache.add(recipe.id, items, e)
+        self._told(proposal, items, e)
+        self._finished.sweep()
+        return e
+
+    def close(self) -> None:
+        """Close `finished.jsonl`."""
+        self._finished.close()
+
+    def _result(self, key: tuple[str, str]) -> Evaluation:
+        """Wait for one result; others that arrive meanwhile are kept."""
+        while True:
+            if (e := self._finished.take(key)) is not None:
+                self._running.discard(key)
+                return e
+            if self._interrupted():
+                raise Interrupted
+            if key not in self._running:
+                raise AssertionError("a result is awaited that was never submitted")
+            found: Evaluation | None = None
+            for job, e, telemetry in self._executor.wait(WAIT_SECONDS):
+                here = (job.recipe.id, job.items.id)
+                self._running.discard(here)
+                if here == key:
+                    found = e
+                else:
+                    self._finished.keep(here, e)
+                self._rundir.telemetry(job.proposal, job.items.name, telemetry)
+            if found is not None:
+                return found
 
     def _told(self, proposal: int, items: ItemSet, e: Evaluation, *, cached: bool = False) -> Evaluation:
         extra = {"cached": True} if cached else {}
-        self._journal.record(
-            "told",
-            id=proposal,
-            rung=0,
-            items=items.id,
-            status=e.status,
-            reason=e.reason,
-            scores=scores_to_json(e.scores),
-            **extra,
-        )
+        self._journal.record("told", id=proposal, rung=0, items=items.id, **_to_json(e), **extra)
         return e
 
     def _replayed(self, proposal: int, items: ItemSet) -> Evaluation:
-        event = self._journal.take()
+        event = self._journal.take("told")
         if event["id"] != proposal or event["items"] != items.id:
             raise RunError(
                 f"{self._journal.path} event {event['seq']}: the journal has results of candidate {event['id']} "
                 f"where the replay has {proposal}; was it written by another version?"
             )
-        return Evaluation(event["status"], scores_from_json(event["scores"]), event["reason"])
+        return _from_json(event)
+
+
+class _Finished:
+    """Results that arrived before their turn, by (recipe id, item set id); sealed lines, never fsynced."""
+
+    def __init__(self, path: Path) -> None:
+        self.waiting: dict[tuple[str, str], Evaluation] = {}
+        events, good = read_sealed(path)
+        with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):  # lines that `keep` did not write
+            self.waiting = {(str(e["recipe_id"]), str(e["items"])): _from_json(e) for e in events}
+        self._lines = Lines(path, good)
+        self.sweep()
+
+    def keep(self, key: tuple[str, str], e: Evaluation) -> None:
+        self.waiting[key] = e
+        self._lines.append(seal({"recipe_id": key[0], "items": key[1], **_to_json(e)}))
+
+    def take(self, key: tuple[str, str]) -> Evaluation | None:
+        return self.waiting.pop(key, None)
+
+    def sweep(self) -> None:
+        if self._lines.size and not self.waiting:
+            self._lines.clear()
+
+    def close(self) -> None:
+        self._lines.close()
+
+
+def _to_json(e: Evaluation) -> Event:
+    return {"status": e.status, "reason": e.reason, "scores": scores_to_json(e.scores)}
+
+
+def _from_json(event: Event) -> Evaluation:
+    return Evaluation(event["status"], scores_from_json(event["scores"]), event["reason"])

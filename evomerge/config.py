@@ -103,6 +103,14 @@ class Budget(_Part):
             raise ValueError(f"exactly one of evaluations, minutes, item_evaluations is needed, got {given or 'none'}")
         return self
 
+    def exceeds(self, other: Budget) -> bool:
+        """True for a larger budget of the same kind."""
+        for name in ("evaluations", "minutes", "item_evaluations"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine is not None and theirs is not None:
+                return bool(mine > theirs)
+        return False
+
 
 class Search(BaseModel):
     """Algorithm, budget and seed; every other key is a setting of the algorithm."""
@@ -112,6 +120,13 @@ class Search(BaseModel):
     algorithm: str = "cma-es"
     budget: Budget
     seed: int = Field(0, ge=0)
+    lag: int | None = Field(
+        None,
+        ge=1,
+        description="steady state: proposal k is asked when exactly the results up to k - lag are known, which keeps "
+        "lag workers busy; for algorithms that can, in place of whole generations",
+    )
+    warm_start: tuple[Mapping[str, Any], ...] = Field((), description="recipes to score first and to begin from")
     probes: bool = Field(
         True,
         description="begin where the default or one expert alone does best; skipped where these few candidates "
@@ -128,8 +143,10 @@ class Search(BaseModel):
 class Workers(_Part):
     """Who evaluates. None of it changes results, but threads and device may in the last bits."""
 
-    backend: Literal["inline", "local"] = "local"
+    backend: Literal["inline", "local", "ray"] = "local"
     count: int = Field(1, ge=1, le=1024)
+    address: str | None = Field(None, description="ray: a running cluster, auto or a URL; else one is started here")
+    gpus_per_worker: float | None = Field(None, gt=0, description="ray: share of a GPU; default 1 on CUDA, else none")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     threads: int = Field(1, ge=1, description="CPU threads per worker; part of the numerics")
     timeout_seconds: float = Field(600.0, gt=0, description="per candidate")
@@ -186,6 +203,8 @@ class Experiment(_Part):
                 ],
                 "fitness": _without_text(self.fitness),
                 "seed": self.search.seed,
+                "lag": self.search.lag,
+                "warm_start": [dict(r) for r in self.search.warm_start],
                 "finalists": self.search.finalists,
                 "probes": self.search.probes,
             }
@@ -298,10 +317,9 @@ def _read_space(name: str, folder: Path) -> tuple[StagedSpec | SpaceSpec, Path]:
     """A library entry or file as it stands, and the folder that its own paths are relative to."""
     path = find("search_spaces", name, folder)
     data = load_yaml(path)
-    kind: type[StagedSpec] | type[SpaceSpec] = SpaceSpec
     if isinstance(data, dict) and "stages" in data:
-        kind = StagedSpec
-    return validated(kind, data, str(path)), path.parent
+        return validated(StagedSpec, data, str(path)), path.parent
+    return validated(SpaceSpec, data, str(path)), path.parent
 
 
 def resolve_fitness(spec: str | FitnessSpec, folder: Path) -> FitnessSpec:

@@ -48,6 +48,8 @@ class MergeEvaluator:
         self._builder = Builder(Bank.load(pool, spec.manifest, self.device), spec.dtype)
         self._model: Any = live_model(spec.base, self._builder.views(), spec.dtype)
         self._plans = spec.plans
+        cuda = self.device.type == "cuda"
+        self._device_name = torch.cuda.get_device_name(self.device) if cuda else "cpu"
         self._scorers = {kind: make_scorer(kind) for kind in {p.kind for p in spec.plans.values()}}
 
     def evaluate(self, unit: WorkUnit) -> list[tuple[Evaluation, Telemetry]]:
@@ -84,6 +86,7 @@ class MergeEvaluator:
             build_seconds=max(built - start, 0.0),
             score_seconds=end - max(built, start),
             peak_mb=self._peak_mb(),
+            device=self._device_name,
             changed_blocks=changed,
         )
 

@@ -58,6 +58,10 @@ class History:
     item_ids: Mapping[str, Mapping[str, list[str]]]
     final: Event | None
     stopped: bool
+    looks: int
+    """How often winners were scored on the report split: once, and once more for each extension."""
+    cached: int
+    """Candidates answered from earlier scores."""
 
     @classmethod
     def read(cls, path: Path) -> History:
@@ -81,6 +85,7 @@ class History:
         item_ids: dict[str, Any] = {}
         entries: dict[int, Entry] = {}
         final = None
+        looks = cached = 0
         for e in events:
             if e["kind"] == "items":
                 names[e["id"]] = e["name"]
@@ -99,11 +104,15 @@ class History:
             elif e["kind"] == "told":
                 result = Evaluation(e["status"], scores_from_json(e["scores"]), e["reason"])
                 entries[e["id"]].results[names[e["items"]]] = result
+                cached += bool(e.get("cached")) and names[e["items"]] == "search"
             elif e["kind"] == "final":
                 final = e
+                looks += 1
         manifest = Manifest.from_json(events[0]["manifest"])
         stopped = events[-1]["kind"] == "stop"
-        return cls(path, experiment, manifest, events[0]["dtype"], events[0], entries, item_ids, final, stopped)
+        return cls(
+            path, experiment, manifest, events[0]["dtype"], events[0], entries, item_ids, final, stopped, looks, cached
+        )
 
     # -- candidates ---------------------------------------------------------------------------------------
 
@@ -199,9 +208,9 @@ class History:
         return {self.manifest.base: Path(models.base), **{n: Path(p) for n, p in models.experts.items()}}
 
 
-def load_resolved(path: Path) -> Experiment:
+def load_resolved(path: Path, overrides: Mapping[str, Any] | None = None) -> Experiment:
     """The resolved experiment of a run directory. Raises UserError."""
     file = path / EXPERIMENT
     if not file.is_file():
         raise UserError(f"{path}: is no run directory (no {EXPERIMENT}); expected what `evomerge run` wrote")
-    return load(file)
+    return load(file, overrides)

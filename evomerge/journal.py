@@ -6,10 +6,11 @@ it appends. So the loop in `run.py` is written once, and resuming is running it 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,22 +29,48 @@ TOLERANCE = 1e-6
 Event = dict[str, Any]
 
 
-def _seal(event: Event) -> bytes:
+def seal(event: Event) -> bytes:
+    """One checksummed line."""
     body = canonical_json(event)
     crc = zlib.crc32(body.encode("ascii"))
     return (canonical_json({**event, "crc": crc}) + "\n").encode("ascii")
 
 
-def _unseal(line: bytes, seq: int) -> Event:
-    """Raises ValueError for anything that `_seal` did not write as event number `seq`."""
+def read_sealed(path: Path) -> tuple[list[Event], int]:
+    """The whole lines at the head of a file that `seal` wrote, and their bytes; what is torn or damaged is left out."""
+    out: list[Event] = []
+    good = 0
+    if path.exists():
+        with path.open("rb") as f:
+            while line := f.readline(MAX_LINE + 1):
+                try:
+                    if not line.endswith(b"\n"):
+                        raise ValueError("torn")
+                    out.append(_opened(line))
+                except (ValueError, RecursionError):
+                    break
+                good += len(line)
+    return out, good
+
+
+def _opened(line: bytes) -> Event:
+    """Raises ValueError for a line that `seal` did not write."""
     if len(line) > MAX_LINE:
         raise ValueError(f"a line of {len(line)} bytes")
     event = json.loads(line)
-    if not isinstance(event, dict) or not isinstance(event.get("kind"), str):
+    if not isinstance(event, dict):
         raise ValueError("not an event")
     crc = event.pop("crc", None)
     if crc != zlib.crc32(canonical_json(event).encode("ascii")):
         raise ValueError("wrong checksum")
+    return event
+
+
+def _unseal(line: bytes, seq: int) -> Event:
+    """Raises ValueError for anything that `seal` did not write as event number `seq`."""
+    event = _opened(line)
+    if not isinstance(event.get("kind"), str):
+        raise ValueError("not an event")
     if event.get("v") != VERSION:
         raise ValueError(f"journal format {event.get('v')!r}; this version reads format {VERSION}")
     if event.get("seq") != seq:
@@ -52,9 +79,9 @@ def _unseal(line: bytes, seq: int) -> Event:
 
 
 def read(path: Path) -> tuple[list[Event], int]:
-    """All whole events and the number of bytes they take. A torn last line is left out.
+    """All whole events and the number of bytes they take. A torn last line (without its newline) is left out.
 
-    Raises UserError where anything before the last line is damaged: that is no interrupted write.
+    Raises UserError where any whole line is damaged: that is no interrupted write.
     """
     events: list[Event] = []
     good = 0
@@ -66,8 +93,8 @@ def read(path: Path) -> tuple[list[Event], int]:
                         raise ValueError("torn")
                     events.append(_unseal(line, len(events)))
                 except (ValueError, RecursionError) as e:
-                    if f.read(1) == b"" and not isinstance(e, RecursionError) and "format" not in str(e):
-                        return events, good  # the write that a crash cut short
+                    if not line.endswith(b"\n") and f.read(1) == b"":
+                        return events, good  # the write that a crash cut short; its newline goes last
                     reason = str(e).splitlines()[0]
                     raise UserError(
                         f"{path} line {len(events) + 1}: damaged ({reason}); restore the file from a copy"
@@ -76,6 +103,56 @@ def read(path: Path) -> tuple[list[Event], int]:
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror})") from None
     return events, good
+
+
+class Lines:
+    """A file that grows by whole lines: what a full disk takes of a line is taken back. Raises RunError."""
+
+    def __init__(self, path: Path, size: int) -> None:
+        """Open or create, and cut off what stands behind the first `size` bytes."""
+        self.path = path
+        self._size = size
+        with self._complaining():
+            # Unbuffered: what a failed write leaves in a buffer would be written again on closing.
+            self._file = path.open("ab", buffering=0)
+            self._file.truncate(size)
+
+    @property
+    def size(self) -> int:
+        """Bytes in the file."""
+        return self._size
+
+    def append(self, line: bytes, *, sync: bool = False) -> None:
+        """Write one whole line or nothing."""
+        with self._complaining():
+            try:
+                written = self._file.write(line)
+                if written != len(line):  # a nearly full disk takes a part and complains at the next write
+                    self._file.write(line[written:])
+                if sync:
+                    os.fsync(self._file.fileno())
+            except OSError:
+                with contextlib.suppress(OSError):
+                    self._file.truncate(self._size)
+                raise
+        self._size += len(line)
+
+    def clear(self) -> None:
+        """Remove all lines."""
+        with self._complaining():
+            self._file.truncate(0)
+        self._size = 0
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    @contextlib.contextmanager
+    def _complaining(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as e:
+            raise RunError(f"{self.path}: cannot be written ({e.strerror}); mend that, then resume the run") from None
 
 
 class Journal:
@@ -88,29 +165,31 @@ class Journal:
         self._cursor = 0
         self._accept_drift = accept_drift
         self._on_drift = on_drift
-        good = 0
+        size = 0
         if path.exists():
-            self.events, good = read(path)
-        self._file = path.open("ab")
-        self._file.truncate(good)
+            self.events, size = read(path)
+        self._told = {(e.get("id"), e.get("items")) for e in self.events if e["kind"] == "told"}
+        self._lines = Lines(path, size)
 
     def __enter__(self) -> Journal:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        self._lines.close()
 
     @property
     def replaying(self) -> bool:
         """True while recorded events are still ahead of the cursor."""
         return self._cursor < len(self.events)
 
-    def upcoming(self, kind: str) -> list[Event]:
-        """Recorded events of one kind that stand next, in one unbroken run from the cursor."""
-        end = self._cursor
-        while end < len(self.events) and self.events[end]["kind"] == kind:
-            end += 1
-        return self.events[self._cursor : end]
+    def will_tell(self, proposal: int, items: str) -> bool:
+        """True where the recorded events hold a result of this proposal on this item set."""
+        return (proposal, items) in self._told
+
+    @property
+    def next_event(self) -> Event:
+        """The recorded event at the cursor; only while replaying."""
+        return self.events[self._cursor]
 
     def record(self, kind: str, /, **payload: Any) -> Event:
         """Append one event, or replay it: then what the journal says is returned, and it must agree.
@@ -124,16 +203,15 @@ class Journal:
             self._agree(recorded, event)
         else:
             recorded = event
-            self._file.write(_seal(event))
-            self._file.flush()
-            if kind in DURABLE:
-                os.fsync(self._file.fileno())
+            self._lines.append(seal(event), sync=kind in DURABLE)
         self._cursor += 1
         return recorded
 
-    def take(self) -> Event:
-        """Step over the next recorded event without comparing it (its content is the truth)."""
+    def take(self, kind: str) -> Event:
+        """Step over the next recorded event, which must be of this kind; its content is the truth."""
         event = self.events[self._cursor]
+        if event["kind"] != kind:
+            self._agree(event, {"kind": kind, "seq": self._cursor})
         self._cursor += 1
         return event
 

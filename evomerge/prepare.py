@@ -15,7 +15,9 @@ from evomerge.errors import UserError
 from evomerge.manifest import Manifest
 from evomerge.proposal import ItemSet
 from evomerge.recipe import Match, Recipe, Rule
+from evomerge.schema import validated
 from evomerge.score.plan import Plan, PlanShape, item_sets
+from evomerge.search import needs_of
 from evomerge.space import RuleSpace, SpaceSpec
 from evomerge.workers import Executor, MakeEvaluator
 
@@ -84,6 +86,14 @@ class Prepared:
         """Name -> canonical recipe: the base, each expert alone, all experts in equal parts."""
         return baselines(self.manifest, self.dtype)
 
+    def given_recipes(self) -> list[Recipe]:
+        """The recipes of `search.warm_start`, canonical, in this run's dtype. Raises UserError."""
+        out = []
+        for i, data in enumerate(self.experiment.search.warm_start, 1):
+            recipe = validated(Recipe, dict(data), f"search.warm_start, recipe {i}")
+            out.append(recipe.model_copy(update={"dtype": self.dtype}).canonical(self.manifest))
+        return out
+
 
 def baselines(manifest: Manifest, dtype: str) -> dict[str, Recipe]:
     """Name -> canonical recipe of what every search is compared with."""
@@ -129,14 +139,28 @@ def prepare(experiment: Experiment, shape: PlanShape | None = None) -> Prepared:
     items = load_all_items(experiment)
     pool = open_pool(experiment)
     device = pick_device(experiment.workers.device)
-    check_device(device)
+    if experiment.workers.backend != "ray":  # a cluster's devices are not the driver's
+        check_device(device)
     if shape is None:
         shape = PlanShape(GPU_BATCH_TOKENS if device.startswith("cuda") else CPU_BATCH_TOKENS)
     plans = compile_plans(experiment, items, pool.checkpoints[pool.base], shape)
     manifest = pool.manifest()
     dtype = pool.stored_dtype if experiment.models.dtype == "auto" else experiment.models.dtype
     spaces = bind_spaces(experiment, manifest, dtype)
-    return Prepared(experiment, manifest, dtype, plans, spaces, device, tuple(pool.notes()))
+    prepared = Prepared(experiment, manifest, dtype, plans, spaces, device, tuple(pool.notes()))
+    prepared.given_recipes()
+    check_lag(experiment)
+    return prepared
+
+
+def check_lag(experiment: Experiment) -> None:
+    """Raises UserError for a lag where an algorithm can only be asked for whole generations."""
+    if experiment.search.lag is None:
+        return
+    for stage in experiment.stages:
+        name, _ = experiment.algorithm_of(stage)
+        if not needs_of(name).steady:
+            raise UserError(f"search.lag: {name} learns from whole generations and has no steady state; drop lag")
 
 
 def load_all_items(experiment: Experiment) -> dict[str, Any]:
@@ -188,12 +212,23 @@ def bind_spaces(experiment: Experiment, manifest: Manifest, dtype: Any) -> tuple
     return tuple(spaces)
 
 
-def make_executor(make: MakeEvaluator, workers: Workers) -> Executor:
+def make_executor(make: MakeEvaluator, workers: Workers, device: str) -> Executor:
     """The executor of a backend."""
     if workers.backend == "inline":
         from evomerge.workers.inline import InlineExecutor
 
         return InlineExecutor(make)
+    if workers.backend == "ray":
+        from evomerge.workers.ray import RayExecutor
+
+        cuda = device.startswith("cuda")
+        return RayExecutor(
+            make,
+            count=workers.count,
+            timeout_seconds=workers.timeout_seconds,
+            gpus=workers.gpus_per_worker or (1.0 if cuda else 0.0),
+            address=workers.address,
+        )
     from evomerge.workers.local import LocalExecutor
 
     return LocalExecutor(

@@ -98,6 +98,7 @@ class Telemetry:
     score_seconds: float = 0.0
     peak_mb: float = 0.0
     worker: str = ""
+    device: str = ""
     attempts: int = 1
     changed_blocks: int = 0
 

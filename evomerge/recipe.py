@@ -13,7 +13,7 @@ Inert forms that the canonical form removes (each leaves the built weights the s
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -230,7 +230,6 @@ class Recipe(_Part):
                     f"source {name!r} should have sha256 {source.sha256[:12]}..., "
                     f"but the pool's has {manifest.hashes[name][:12]}...: not the same weights"
                 )
-        rules = []
         for i, rule in enumerate(self.merge or ()):
             if rule.match != "all" and not any(rule.match.covers(b) for b in manifest.blocks.values()):
                 # Tied models have no head of their own; a rule for it alone is inert, not wrong.
@@ -239,14 +238,33 @@ class Recipe(_Part):
                 raise UserError(
                     f"merge rule {i + 1} matches no block of this model: {rule.match.model_dump(exclude_none=True)}"
                 )
+        chosen = {}
         for block in manifest.blocks.values():
             for rule in self.merge or ():
                 if rule.match == "all" or rule.match.covers(block):
-                    reduced = _reduced(rule, block.name, self.base, manifest)
-                    if reduced is not None:
-                        rules.append(reduced)
+                    chosen[block.name] = rule
                     break
-        used = {self.base, *(n for r in rules for n in r.sources)}
+        return self.assembled(chosen, manifest)
+
+    def assembled(self, chosen: Mapping[str, Rule], manifest: Manifest) -> Recipe:
+        """The canonical recipe in which block `b` is merged by `chosen[b]`; its match does not matter.
+
+        Raises UserError as `canonical` does. A rule that several blocks share is reduced once.
+        """
+        reduced: dict[int, Rule | None] = {}
+        rules = []
+        for block in manifest.blocks:
+            rule = chosen.get(block)
+            if rule is None:
+                continue
+            if id(rule) not in reduced:
+                reduced[id(rule)] = _reduced(rule, block, self.base, manifest)
+            r = reduced[id(rule)]
+            if r is not None:
+                rules.append(
+                    Rule.model_construct(match=_only(block), method=r.method, params=r.params, sources=r.sources)
+                )
+        used = {self.base, *(n for r in reduced.values() if r is not None for n in r.sources)}
         return self.model_copy(
             update={
                 "merge": tuple(rules),
@@ -302,6 +320,11 @@ class Recipe(_Part):
 Source.model_rebuild()  # Recipe and Source name each other
 
 
+@lru_cache(maxsize=4096)
+def _only(block: str) -> Match:
+    return Match.model_construct(block=block, layers=None, module=None)
+
+
 def _reduced(rule: Rule, block: str, base: str, manifest: Manifest) -> Rule | None:
     """The rule for one block with defaults filled in and inert parts removed; None where the base remains."""
     method = METHODS[rule.method]
@@ -333,10 +356,7 @@ def _reduced(rule: Rule, block: str, base: str, manifest: Manifest) -> Rule | No
         if abs(total) < 1e-6:
             raise UserError(f"merge rule for {block}: the weights of linear sum to {total:g} and cannot be normalised")
     return Rule.model_construct(
-        match=Match.model_construct(block=block, layers=None, module=None),
-        method=rule.method,
-        params=dict(sorted(params.items())),
-        sources=sources,
+        match=_only(block), method=rule.method, params=dict(sorted(params.items())), sources=sources
     )
 
 

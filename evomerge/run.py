@@ -6,7 +6,9 @@ writing and evaluating, and the same loop goes on where the last one was cut off
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter, deque
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,95 +17,166 @@ import numpy as np
 from evomerge.budget import Allowance
 from evomerge.canonical import encode_array
 from evomerge.commit import Committer
-from evomerge.config import Experiment
+from evomerge.config import Budget, Experiment
 from evomerge.errors import RunError, UserError
 from evomerge.history import History
 from evomerge.journal import Journal
 from evomerge.prepare import Prepared, make_executor, prepare
 from evomerge.progress import Progress, Silent
-from evomerge.proposal import Genome, Proposal
-from evomerge.rundir import JOURNAL, RunDirectory, first_event
+from evomerge.proposal import Evaluation, Genome, Proposal
+from evomerge.rundir import JOURNAL, Before, RunDirectory, before
 from evomerge.score.plan import PlanShape
 from evomerge.search import make_optimizer
 from evomerge.search.base import Start
 from evomerge.session import Candidate, Session
 
 
-def run(experiment: Experiment, out: Path, progress: Progress | None = None, accept_drift: bool = False) -> History:
+def run(
+    experiment: Experiment,
+    out: Path,
+    progress: Progress | None = None,
+    *,
+    accept_drift: bool = False,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> History:
     """Run an experiment to its budget in the folder `out`, or go on where an earlier run there stopped.
 
-    Raises UserError for bad input before anything is written; RunError where nothing could be scored.
+    A finished run goes on where the budget was raised. Raises UserError for bad input before anything is
+    written; RunError where nothing could be scored; Interrupted soon after `interrupted()` turns true.
     """
-    progress = progress or Silent()
-    first = first_event(out)
-    prepared = prepare(experiment, PlanShape(**first["plan_shape"]) if first else None)
-    facts = run_facts(prepared, first, out, progress)
-    allowance = Allowance.of(experiment.search.budget, prepared.stages, prepared.items["search"].count)
-    progress.begin(prepared, allowance)
+    earlier = before(out)
+    prepared = prepare(experiment, PlanShape(**earlier.facts["plan_shape"]) if earlier else None)
+    search(prepared, out, progress or Silent(), accept_drift=accept_drift, interrupted=interrupted)
+    return History.read(out)
+
+
+def search(
+    prepared: Prepared, out: Path, progress: Progress, *, accept_drift: bool, interrupted: Callable[[], bool]
+) -> None:
+    """The run itself, from checked input to the journal's last event."""
+    experiment, earlier = prepared.experiment, before(out)
+    facts, extensions = run_facts(prepared, earlier, out, progress)
+    budget = Budget.model_validate(facts["budget"])
+    allowance = Allowance.of(budget, prepared.stages, prepared.items["search"].count)
+    progress.begin(prepared, allowance.extended(extensions[-1]) if extensions else allowance)
 
     with (
         RunDirectory(out) as rundir,
         Journal(out / JOURNAL, accept_drift=accept_drift, on_drift=rundir.drift) as journal,
+        closing(make_executor(prepared.evaluator(), experiment.workers, prepared.device)) as executor,
+        closing(Committer(journal, executor, rundir, interrupted)) as committer,
     ):
         # The journal's file comes first: a folder that has one, even an empty one, is ours to go on with.
-        if not journal.events:
+        if earlier is None or extensions:
             rundir.write_experiment(experiment.to_yaml())
-        executor = make_executor(prepared.evaluator(), experiment.workers)
-        try:
-            session = Session(prepared, journal, Committer(journal, executor, rundir), progress)
-            journal.record("run", **facts)
-            for items in prepared.items.values():
-                journal.record("items", id=items.id, name=items.name, ids=prepared.item_ids(items))
+        session = Session(prepared, journal, committer, progress)
+        journal.record("run", **facts)
+        for items in prepared.items.values():
+            journal.record("items", id=items.id, name=items.name, ids=prepared.item_ids(items))
 
-            score_baselines(session)
-            for n in range(len(prepared.stages)):
-                search_stage(session, n, allowance, rundir)
-            winner = choose_winner(session)
-            report_on(session, winner)
-
-            journal.record("stop", reason="budget")
-        finally:
-            executor.close()
+        score_baselines(session)
+        for n in range(len(prepared.stages)):
+            stage = StageRun(session, n, allowance, rundir)
+            stage.advance(allowance)
+        conclude(session)
+        for more in extensions:
+            journal.record("extended", budget=more.model_dump(exclude_none=True))
+            stage.advance(allowance.extended(more))
+            conclude(session)
     progress.end()
-    return History.read(out)
 
 
 def score_baselines(s: Session) -> None:
-    """Score base, experts and uniform merge; they use no randomness, and they bind the objective."""
+    """Score base, experts and uniform merge, which bind the objective, then given recipes; none uses randomness."""
+    items = s.prepared.items["search"]
     group = [
         s.ask(Proposal(next(s.ids), 0, recipe=recipe), stage=-1, role="baseline", name=name)
         for name, recipe in s.prepared.baselines().items()
     ]
-    scored = list(s.score(group, s.prepared.items["search"]))
+    scored = s.score(group, items)
     s.objective = s.bind(scored)
     if s.objective is None:
         reason = next(f"{e.status}: {e.reason}" for _, e in scored if not e.ok)
         raise RunError(f"the base itself could not be scored ({reason}); check the model and the tasks")
-    for candidate, evaluation in scored:
+    given = [
+        s.ask(Proposal(next(s.ids), 0, recipe=recipe), stage=-1, role="given") for recipe in s.prepared.given_recipes()
+    ]
+    for candidate, evaluation in [*scored, *s.score(given, items)]:
         s.keep(candidate, evaluation)
 
 
-def search_stage(s: Session, n: int, allowance: Allowance, rundir: RunDirectory) -> None:
-    """Ask, evaluate, tell, until the stage's budget is spent or the algorithm stops; then score its mean."""
-    experiment, space = s.prepared.experiment, s.prepared.spaces[n]
-    if n == 0 and experiment.search.probes:
-        score_probes(s, allowance, rundir)
-    start = best_start(s, n)
-    s.journal.record("stage", n=n, inputs={"start": encode_array(start)})
-    algorithm, options = experiment.algorithm_of(s.prepared.stages[n])
-    rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([experiment.search.seed, n])))
-    optimizer = make_optimizer(algorithm, space.axes, Start(start), rng, s.ids, options)
+class StageRun:
+    """One stage of the search, from its start to the end of its budget; the last one may be extended."""
 
-    asked = sum(c.role == "search" for c in s.candidates)
-    while not optimizer.stop() and (left := allowance.left(n, asked, s.journal, rundir)):
-        group = [s.ask(p, stage=n, role="search") for p in optimizer.ask(left)]
-        asked += len(group)
-        for candidate, evaluation in s.score(group, s.prepared.items["search"]):
-            optimizer.tell(candidate.proposal, s.keep(candidate, evaluation))
+    def __init__(self, s: Session, n: int, allowance: Allowance, rundir: RunDirectory) -> None:
+        self.s, self.n, self.rundir = s, n, rundir
+        experiment, space = s.prepared.experiment, s.prepared.spaces[n]
+        if n == 0 and experiment.search.probes:
+            score_probes(s, allowance, rundir)
+        start = best_start(s, n)
+        s.journal.record("stage", n=n, inputs={"start": encode_array(start)})
+        algorithm, options = experiment.algorithm_of(s.prepared.stages[n])
+        rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([experiment.search.seed, n])))
+        self.optimizer = make_optimizer(algorithm, space.axes, Start(start), rng, s.ids, options)
 
-    means = [s.ask(p, stage=n, role="mean") for p in optimizer.recommend(1)]
-    for candidate, evaluation in s.score(means, s.prepared.items["search"]):
-        s.keep(candidate, evaluation)
+    def advance(self, allowance: Allowance) -> None:
+        """Ask, evaluate, tell, until the budget is spent or the algorithm stops; then score its mean.
+
+        By generations, or in steady state with a fixed lag: then a new proposal is asked whenever the oldest
+        outstanding one is told, so what it sees does not depend on who finished first.
+        """
+        s, items = self.s, self.s.prepared.items["search"]
+        lag = s.prepared.experiment.search.lag
+        outstanding: deque[Candidate] = deque()
+        recent: list[Evaluation] = []
+        while True:
+            asked = sum(c.role == "search" for c in s.candidates) + len(outstanding)
+            left = 0 if self.optimizer.stop() else allowance.left(self.n, asked, s.journal, self.rundir)
+            room = left if lag is None else min(left, lag - len(outstanding))
+            group = [s.ask(p, stage=self.n, role="search") for p in self._proposals(room, lag)]
+            s.submit(group, items)
+            outstanding += group
+            if not outstanding:
+                break
+            for _ in range(len(outstanding) if lag is None else 1):
+                candidate = outstanding.popleft()
+                fresh = not s.journal.replaying
+                evaluation = s.commit(candidate, items)
+                self.optimizer.tell(candidate.proposal, s.keep(candidate, evaluation))
+                recent.append(evaluation if fresh else Evaluation("ok"))
+            stop_where_most_fail(recent, len(group) if lag is None else 2 * lag)
+        means = [s.ask(p, stage=self.n, role="mean") for p in self.optimizer.recommend(1)]
+        for candidate, evaluation in s.score(means, items):
+            s.keep(candidate, evaluation)
+
+    def _proposals(self, room: int, lag: int | None) -> list[Proposal]:
+        """At most `room` proposals: one generation's, or in steady state of as many as there is room for."""
+        out = self.optimizer.ask(room) if room else []
+        while lag is not None and len(out) < room and (more := self.optimizer.ask(room - len(out))):
+            out += more
+        return out
+
+
+def stop_where_most_fail(recent: list[Evaluation], window: int) -> None:
+    """Raise RunError where more than half of the last `window` fresh evaluations failed; forget them else.
+
+    What a journal replays does not count, so a run whose cause was mended goes on when it is resumed.
+    """
+    if len(recent) < window:
+        return
+    failed = [e for e in recent if not e.ok]
+    if len(failed) > len(recent) / 2:
+        reasons = Counter(f"{e.status} {e.reason}".strip() for e in failed)
+        most = "; ".join(f"{n} x {reason}" for reason, n in reasons.most_common(3))
+        raise RunError(f"{len(failed)} of the last {len(recent)} candidates failed ({most}); mend that, then resume")
+    recent.clear()
+
+
+def conclude(s: Session) -> None:
+    """Choose the winner on select, look at it once on report."""
+    winner = choose_winner(s)
+    report_on(s, winner)
+    s.journal.record("stop", reason="budget")
 
 
 def score_probes(s: Session, allowance: Allowance, rundir: RunDirectory) -> None:
@@ -132,7 +205,7 @@ def choose_winner(s: Session) -> Candidate:
     finalists = {c.id: c for c in ranked[: s.prepared.experiment.search.finalists]}
     finalists |= {c.id: c for c in ranked if c.role in ("baseline", "mean")}
     group = [finalists[i] for i in sorted(finalists)]
-    scored = list(s.score(group, s.prepared.items["select"]))
+    scored = s.score(group, s.prepared.items["select"], together=one_device(s))
     objective = s.bind(scored)
     if objective is None:
         raise RunError("the base could not be scored on the select split; see the journal for the reason")
@@ -145,30 +218,44 @@ def choose_winner(s: Session) -> Candidate:
 def report_on(s: Session, winner: Candidate) -> None:
     """Score winner and baselines on the report split: the only look at it."""
     group = [c for c in s.candidates if c.role == "baseline" or c.id == winner.id]
-    for _ in s.score(group, s.prepared.items["report"]):
-        pass
+    s.score(group, s.prepared.items["report"], together=one_device(s))
 
 
-def run_facts(prepared: Prepared, first: Mapping[str, Any] | None, out: Path, progress: Progress) -> dict[str, Any]:
-    """The `run` event. Raises UserError where `out` holds another experiment."""
+def one_device(s: Session) -> bool:
+    """Whether finalists should go to one worker: on a cluster, last bits may differ between devices."""
+    return s.prepared.experiment.workers.backend == "ray"
+
+
+def run_facts(
+    prepared: Prepared, earlier: Before | None, out: Path, progress: Progress
+) -> tuple[dict[str, Any], list[Budget]]:
+    """The `run` event, and the budgets it was extended by. Raises UserError where `out` holds another experiment."""
+    budget = prepared.experiment.search.budget
     facts = {
         "experiment_id": prepared.experiment_id,
         "manifest": prepared.manifest.to_json(),
         "dtype": prepared.dtype,
         "plan_shape": prepared.plan_shape.to_json(),
         "numerics": prepared.numerics(),
-        "budget": prepared.experiment.search.budget.model_dump(exclude_none=True),
+        "budget": budget.model_dump(exclude_none=True),
     }
-    if first is None:
-        return facts
+    if earlier is None:
+        return facts, []
+    first = earlier.facts
     if first["experiment_id"] != facts["experiment_id"]:
         raise UserError(f"{out}: holds another experiment; choose another folder with --out, or remove this one")
-    if first["budget"] != facts["budget"]:
-        raise UserError(f"{out}: its budget is {first['budget']}, not {facts['budget']}; a run keeps its budget")
+    budgets = [Budget.model_validate(b) for b in earlier.budgets]
+    if budget != budgets[-1]:
+        if not budget.exceeds(budgets[-1]):
+            raise UserError(f"{out}: its budget is {earlier.budgets[-1]}; it can only be raised, not {facts['budget']}")
+        if not earlier.finished:
+            raise UserError(f"{out}: finish it with its budget of {earlier.budgets[-1]} before raising that")
+        budgets.append(budget)
+    facts["budget"] = first["budget"]
     now = prepared.numerics()
     if first["numerics"] != now:
         # The journal stays the authority: what it holds is told as recorded, new scores may differ in last bits.
         changed = [k for k in now if first["numerics"].get(k) != now[k]]
         progress.note(f"resuming with another {', '.join(changed)} than the run began with; last bits may differ")
         facts["numerics"] = first["numerics"]
-    return facts
+    return facts, budgets[1:]

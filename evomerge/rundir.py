@@ -6,16 +6,17 @@ import fcntl
 import json
 import os
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from evomerge.errors import UserError
-from evomerge.journal import Event, read
+from evomerge.errors import RunError, UserError
+from evomerge.journal import Event, Lines, read
 from evomerge.proposal import Telemetry
 
 JOURNAL = "journal.jsonl"
 TELEMETRY = "telemetry.jsonl"
+FINISHED = "finished.jsonl"
 EXPERIMENT = "experiment.yaml"
 LOCK = ".lock"
 
@@ -31,8 +32,11 @@ class RunDirectory:
         self.resumed = (path / JOURNAL).exists()
         if path.is_dir() and not self.resumed and any(p.name != LOCK for p in path.iterdir()):
             raise UserError(f"{path}: is not empty and no run directory; choose another folder with --out")
-        path.mkdir(parents=True, exist_ok=True)
-        self._lock: IO[bytes] = (path / LOCK).open("ab")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock: IO[bytes] = (path / LOCK).open("ab")
+        except OSError as e:
+            raise UserError(f"{path}: cannot be written ({e.strerror}); choose another --out") from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -40,7 +44,7 @@ class RunDirectory:
             raise UserError(
                 f"{path}: another evomerge process is running here; stop it or choose another --out"
             ) from None
-        self._telemetry: IO[str] | None = None
+        self._telemetry: Lines | None = None
         self._before = _seconds_before(path / TELEMETRY)
         self._start = time.monotonic()
 
@@ -61,11 +65,14 @@ class RunDirectory:
         """Write the resolved experiment once, whole or not at all."""
         target = self.path / EXPERIMENT
         temporary = target.with_suffix(".tmp")
-        with temporary.open("w", encoding="utf-8") as f:
-            f.write(text)
-            f.flush()
-            os.fsync(f.fileno())
-        temporary.replace(target)
+        try:
+            with temporary.open("w", encoding="utf-8") as f:
+                f.write(text)
+                f.flush()
+                os.fsync(f.fileno())
+            temporary.replace(target)
+        except OSError as e:
+            raise RunError(f"{target}: cannot be written ({e.strerror}); mend that, then run it again") from None
 
     def telemetry(self, proposal: int, items: str, t: Telemetry) -> None:
         """Add one line; losing it loses no result."""
@@ -77,19 +84,30 @@ class RunDirectory:
 
     def _write(self, data: dict[str, Any]) -> None:
         if self._telemetry is None:
-            self._telemetry = (self.path / TELEMETRY).open("a", encoding="utf-8")
-        self._telemetry.write(
-            json.dumps({"at": round(time.time(), 3), "run_seconds": round(self.seconds, 3), **data}) + "\n"
-        )
-        self._telemetry.flush()
+            path = self.path / TELEMETRY
+            self._telemetry = Lines(path, path.stat().st_size if path.exists() else 0)
+        line = json.dumps({"at": round(time.time(), 3), "run_seconds": round(self.seconds, 3), **data}) + "\n"
+        self._telemetry.append(line.encode())
 
 
-def first_event(path: Path) -> Event | None:
-    """The journal's `run` event, or None where there is no whole one."""
+@dataclass(frozen=True)
+class Before:
+    """What an existing journal says of its run: the `run` event, its budgets in turn, whether it is finished."""
+
+    facts: Event
+    budgets: tuple[dict[str, Any], ...]
+    finished: bool
+
+
+def before(path: Path) -> Before | None:
+    """The run that a folder holds, or None where there is none yet. Raises UserError for a damaged journal."""
     if not (path / JOURNAL).exists():
         return None
     events, _ = read(path / JOURNAL)
-    return events[0] if events else None
+    if not events:
+        return None
+    budgets = [e["budget"] for e in events if e["kind"] in ("run", "extended")]
+    return Before(events[0], tuple(budgets), events[-1]["kind"] == "stop")
 
 
 def read_telemetry(path: Path) -> list[dict[str, Any]]:

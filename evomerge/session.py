@@ -74,12 +74,22 @@ class Session:
             recipe = space.decode(p.genome, manifest)
         return Candidate(p, recipe, role)
 
-    def score(self, group: Sequence[Candidate], items: ItemSet) -> Iterator[tuple[Candidate, Evaluation]]:
-        """Scores in candidate order; each is in the journal before it is yielded."""
-        results = self.committer.evaluate([(c.id, c.recipe) for c in group], items)
-        for c, (_, evaluation) in zip(group, results, strict=True):
-            self.progress.scored(c.role, items, evaluation)
-            yield c, evaluation
+    def submit(self, group: Sequence[Candidate], items: ItemSet, *, together: bool = False) -> None:
+        """Hand candidates out for evaluation; `together` on one worker, and so on one device."""
+        self.committer.submit([(c.id, c.recipe) for c in group], items, together=together)
+
+    def commit(self, c: Candidate, items: ItemSet) -> Evaluation:
+        """The result of one submitted candidate; it is in the journal before it is returned."""
+        e = self.committer.commit(c.id, c.recipe, items)
+        self.progress.scored(c.role, items, e)
+        return e
+
+    def score(
+        self, group: Sequence[Candidate], items: ItemSet, *, together: bool = False
+    ) -> list[tuple[Candidate, Evaluation]]:
+        """Submit and commit a whole group, in candidate order."""
+        self.submit(group, items, together=together)
+        return [(c, self.commit(c, items)) for c in group]
 
     def keep(self, c: Candidate, e: Evaluation) -> Result:
         """Add a candidate scored on the search split; returns what its optimizer is told."""

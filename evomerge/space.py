@@ -14,7 +14,7 @@ from evomerge.errors import UserError, nearest
 from evomerge.manifest import Manifest
 from evomerge.merge.methods import METHODS, Scalar
 from evomerge.proposal import Genome, frozen_genome
-from evomerge.recipe import Dtype, Match, Recipe, Rule, Source, check_value, rounded
+from evomerge.recipe import Dtype, Match, Recipe, Rule, check_value, rounded
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ class RuleSpace:
             raise ValueError(f"expected {len(self.axes)} genes in [0, 1], got shape {g.shape}")
         values = {axis.name: float(axis.value(float(u))) for axis, u in zip(self.axes, g, strict=True)}
         method = METHODS[self.spec.method]
-        rules = []
+        chosen: dict[str, Rule] = {}
         for group, blocks in self.groups.items():
             params: dict[str, Scalar] = {n: v for n, v in self.spec.params.items() if n not in method.per_source}
             params |= {c: values[f"{group}.{c}"] for c in method.per_block if c in self.spec.axes}
@@ -227,22 +227,9 @@ class RuleSpace:
                 # Weights that build no model, or cannot be normalised, mean "nothing of the experts": the base,
                 # so decode is total.
                 continue
-            rules += [
-                Rule.model_construct(
-                    match=Match.model_construct(block=b, layers=None, module=None),
-                    method=self.spec.method,
-                    params=params,
-                    sources=sources,
-                )
-                for b in blocks
-            ]
-        names = (m.base, *self._experts)
-        return Recipe.model_construct(
-            base=m.base,
-            dtype=self.dtype,
-            sources={n: Source.model_construct(sha256=m.hashes[n]) for n in names},
-            merge=tuple(rules),
-        ).canonical(m)
+            rule = Rule.model_construct(match="all", method=self.spec.method, params=params, sources=sources)
+            chosen |= dict.fromkeys(blocks, rule)
+        return Recipe.model_construct(base=m.base, dtype=self.dtype, sources={}).assembled(chosen, m)
 
     def encode(self, r: Recipe, m: Manifest) -> Genome:
         """A point that decodes to the canonical form of `r`. Raises ValueError where there is none."""

@@ -87,8 +87,8 @@ def test_replayed_minutes_follow_the_journal(tmp_path: Path) -> None:
     with Journal(tmp_path / "j") as j:
         assert left(a, 0, 0, j, 1e9) == UNLIMITED
         assert left(a, 1, 0, j, 0.0) == 0
-        j.take()
+        j.take("asked")
         assert left(a, 0, 1, j, 0.0) == 0
-        j.take()
+        j.take("asked")
         assert left(a, 0, 1, j, 0.0) == UNLIMITED
         assert left(a, 0, 1, j, 1e9) == 0

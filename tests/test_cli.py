@@ -136,7 +136,7 @@ def test_a_run_that_cannot_score_its_base_fails(
         (("run", "{experiment}", "--set", "search_space=per-layr"), "did you mean 'per-layer'?"),
         (("run", "{experiment}", "--set", "search_space.axes.weight={low: 1, high: 0}"), "`low < high` must hold"),
         (("run", "{experiment}", "--out", "{run}", "--set", "search.seed=9"), "holds another experiment"),
-        (("run", "{experiment}", "--out", "{run}", "--set", "search.budget.evaluations=9"), "a run keeps its budget"),
+        (("run", "{experiment}", "--out", "{run}", "--set", "search.budget.evaluations=9"), "it can only be raised"),
         (("resume", "gone"), "is no run directory"),
         (("check", "{experiment}", "--set", "fitness.tasks=[]"), "fitness"),
         (("status", "gone"), "is no run directory"),

@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from evomerge.commit import Committer, ScoreCache
+from evomerge.commit import Committer
 from evomerge.errors import RunError
 from evomerge.journal import Journal, read
 from evomerge.manifest import Manifest
@@ -68,16 +69,21 @@ class Run:
     def evaluate(self, *groups: tuple[Iterable[tuple[int, Recipe]], ItemSet], stop_after: int = 10**9) -> list[Any]:
         """(proposal, evaluation) of all groups; a `stop_after` drops everything behind that many results."""
         out: list[Any] = []
-        with RunDirectory(self.folder) as rundir, Journal(self.folder / "journal.jsonl") as journal:
-            committer = Committer(journal, self.executor, rundir)
-            for group, items in groups:
-                for pair in committer.evaluate(list(group), items):
+        with (
+            RunDirectory(self.folder) as rundir,
+            Journal(self.folder / "journal.jsonl") as journal,
+            closing(Committer(journal, self.executor, rundir, lambda: False)) as committer,
+        ):
+            for group, items in ((list(g), i) for g, i in groups):
+                committer.submit(group, items)
+                for proposal, recipe in group:
+                    pair = (proposal, committer.commit(proposal, recipe, items))
                     out.append(pair)
                     told = read(self.folder / "journal.jsonl")[0]
                     assert pair[0] in [e["id"] for e in told], "in the journal before it is yielded"
                     if len(out) == stop_after:
                         return out
-            self.cached = committer.cached
+            self.cached = sum("cached" in e for e in self.told)
         return out
 
     @property
@@ -156,16 +162,16 @@ def test_known_recipes_are_not_evaluated_again(tmp_path: Path, recipes: list[Rec
 
 @pytest.mark.parametrize("failure", ["nan", "error"])
 def test_failures_are_told_with_their_reason(tmp_path: Path, recipes: list[Recipe], failure: str) -> None:
-    """A failed candidate is a recorded result; a copy of it in the group shares it, a later one is tried again."""
+    """A failed candidate is a recorded result; a copy of it, in the group or later, shares it."""
     a, b = recipes[:2]
     run = Run(tmp_path, Scrambled(failures={0: failure}))
 
     done = run.evaluate(([(0, a), (1, b), (2, a)], SEARCH), ([(3, a)], SEARCH))
 
-    assert [e.status for _, e in done] == [f"failed:{failure}", "ok", f"failed:{failure}", "ok"]
-    assert [e["reason"] for e in run.told] == ["made up", "", "made up", ""]
+    assert [e.status for _, e in done] == [f"failed:{failure}", "ok", *[f"failed:{failure}"] * 2]
+    assert [e["reason"] for e in run.told] == ["made up", "", "made up", "made up"]
     assert run.told[0]["scores"] is None
-    assert run.executor.proposals == [0, 1, 3]
+    assert run.executor.proposals == [0, 1]
 
 
 @pytest.mark.parametrize("failures", [{}, {0: "nan"}, {1: "error", 4: "nan"}])
@@ -228,47 +234,6 @@ def test_telemetry_stays_beside_the_journal(tmp_path: Path, recipes: list[Recipe
     lines = read_telemetry(tmp_path / "telemetry.jsonl")
     assert sorted(x["proposal"] for x in lines) == [0, 1, 2]
     assert b"build_seconds" not in run.journal
-
-
-# -- the cache ------------------------------------------------------------------------------------------------
-
-
-def scores(*values: float, task: str = "t") -> dict[str, dict[str, np.ndarray[Any, Any]]]:
-    return {task: {"accuracy": np.array(values, np.float32)}}
-
-
-def test_cache_puts_items_together() -> None:
-    """Scores of earlier item sets are put together by item, in the order that is asked for."""
-    cache = ScoreCache()
-    cache.add("r", ItemSet("a", {"t": (0, 1)}), scores(0.0, 0.1))
-    cache.add("r", ItemSet("b", {"t": (5, 3)}), scores(0.5, 0.3))
-
-    got = cache.get("r", ItemSet("c", {"t": (3, 1, 5)}))
-
-    assert got is not None
-    assert got["t"]["accuracy"].tolist() == np.array([0.3, 0.1, 0.5], np.float32).tolist()
-    assert cache.get("r", ItemSet("d", {"t": (3, 4)})) is None
-    assert cache.get("other", ItemSet("c", {"t": (3,)})) is None
-
-
-def test_cache_wants_every_task() -> None:
-    """A task that was never scored is missing, also where the others are there."""
-    cache = ScoreCache()
-    cache.add("r", ItemSet("a", {"t": (0,)}), scores(0.0))
-
-    assert cache.get("r", ItemSet("b", {"t": (0,), "u": (0,)})) is None
-
-
-def test_cache_joins_tasks_of_several_item_sets() -> None:
-    """Tasks that were scored apart are put together too."""
-    cache = ScoreCache()
-    cache.add("r", ItemSet("a", {"t": (0,)}), scores(0.25))
-    cache.add("r", ItemSet("b", {"u": (0, 1)}), scores(0.5, 0.75, task="u"))
-
-    got = cache.get("r", ItemSet("c", {"t": (0,), "u": (1,)}))
-
-    assert got is not None
-    assert (got["t"]["accuracy"].tolist(), got["u"]["accuracy"].tolist()) == ([0.25], [0.75])
 
 
 def test_evaluation_knows_whether_it_is_ok() -> None:

@@ -211,7 +211,7 @@ BAD: list[tuple[Data, str]] = [
     ({"search_space": {**SPACE, "method": "task_arithmetics"}}, "did you mean 'task_arithmetic'?"),
     (task(metric="acuracy"), "fitness.tasks.0: unknown metric 'acuracy'; did you mean 'accuracy'?"),
     (task(kind="generation"), "fitness.tasks.0.kind: Input should be 'multiple_choice', got 'generation'"),
-    ({"workers.backend": "ray"}, "workers.backend"),
+    ({"workers.backend": "slurm"}, "workers.backend"),
     ({"workers.device": "gpu"}, "workers.device"),
     ({"export.format": "gguf"}, "export.format"),
     ({"models.dtype": "int8"}, "models.dtype"),

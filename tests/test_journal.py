@@ -112,7 +112,7 @@ def test_nothing_that_is_no_json_is_written(tmp_path: Path) -> None:
 
     with Journal(tmp_path / "j") as j:
         for _ in range(4):
-            j.take()
+            j.take(j.next_event["kind"])
         with pytest.raises(ValueError, match="JSON"):
             j.record("told", loss=math.nan)
 
@@ -141,7 +141,7 @@ def test_torn_at_every_byte(tmp_path: Path, lines: list[bytes]) -> None:
 
         with Journal(path) as j:
             for _ in events:
-                j.take()
+                j.take(j.next_event["kind"])
             assert not j.replaying
             j.record("asked", **asked(3))
         assert path.read_bytes() == head + last
@@ -279,7 +279,7 @@ def test_replay_writes_nothing(tmp_path: Path) -> None:
         assert j.replaying
         j.record("run", experiment_id="e")
         j.record("asked", **asked(1))
-        assert j.take()["kind"] == "told"
+        assert j.take(j.next_event["kind"])["kind"] == "told"
         j.record("asked", **asked(3))
         assert not j.replaying
         assert (tmp_path / "j").read_bytes() == before
@@ -288,17 +288,18 @@ def test_replay_writes_nothing(tmp_path: Path) -> None:
     assert (tmp_path / "j").read_bytes() == before + sealed({"v": 1, "seq": 4, "kind": "stop", "reason": "budget"})
 
 
-def test_upcoming_is_one_unbroken_run(tmp_path: Path) -> None:
-    """upcoming(kind) lists the next recorded events of that kind up to the first other one."""
+def test_the_next_event_and_what_will_be_told(tmp_path: Path) -> None:
+    """While replaying, the event at the cursor can be seen, and which results stand in the journal."""
     with Journal(tmp_path / "j") as j:
-        for kind in ("run", "asked", "asked", "told", "asked"):
-            j.record(kind)
+        j.record("asked", id=3)
+        j.record("told", id=3, items="s")
 
     with Journal(tmp_path / "j") as j:
-        assert j.upcoming("asked") == []
-        j.record("run")
-        assert [e["seq"] for e in j.upcoming("asked")] == [1, 2]
-        assert j.upcoming("told") == []
+        assert j.next_event["kind"] == "asked"
+        assert j.will_tell(3, "s")
+        assert not j.will_tell(3, "t")
+        with pytest.raises(RunError, match="'asked' where the replay has 'told'"):
+            j.take("told")
 
 
 @pytest.mark.parametrize(

@@ -149,8 +149,8 @@ def test_long_items_are_refused_before_the_run(experiment_with: With, tmp_path: 
 
 def test_executor_by_backend() -> None:
     """The table of backends; local takes count, time and memory from the experiment."""
-    assert isinstance(make_executor(FakeEvaluator, Workers(backend="inline")), InlineExecutor)
-    local = make_executor(FakeEvaluator, Workers(backend="local", count=3, timeout_seconds=5, memory_gb=2))
+    assert isinstance(make_executor(FakeEvaluator, Workers(backend="inline"), "cpu"), InlineExecutor)
+    local = make_executor(FakeEvaluator, Workers(backend="local", count=3, timeout_seconds=5, memory_gb=2), "cpu")
 
     assert isinstance(local, LocalExecutor)
     assert (local._count, local._timeout, local._memory) == (3, 5.0, 2 * 2**30)

@@ -12,7 +12,7 @@ import pytest
 from evomerge.errors import UserError
 from evomerge.journal import Journal
 from evomerge.proposal import Telemetry
-from evomerge.rundir import EXPERIMENT, JOURNAL, TELEMETRY, RunDirectory, first_event, read_telemetry
+from evomerge.rundir import EXPERIMENT, JOURNAL, TELEMETRY, RunDirectory, before, read_telemetry
 
 HOLD = """
 import fcntl, sys
@@ -64,20 +64,33 @@ def test_a_journal_makes_it_a_run(tmp_path: Path) -> None:
     with RunDirectory(path) as first:
         assert not first.resumed
         with Journal(path / JOURNAL) as j:
-            j.record("run", experiment_id="e")
+            j.record("run", experiment_id="e", budget={})
 
     with RunDirectory(path) as second:
         assert second.resumed
-    event = first_event(path)
-    assert event is not None
-    assert (event["kind"], event["experiment_id"]) == ("run", "e")
+    earlier = before(path)
+    assert earlier is not None
+    assert earlier.facts["experiment_id"] == "e"
 
 
-def test_first_event_of_what_is_no_run(tmp_path: Path) -> None:
-    """Without a journal, or with one torn in its first line, there is no first event."""
-    assert first_event(tmp_path / "none") is None
+def test_before_tells_budgets_and_end(tmp_path: Path) -> None:
+    """An existing journal says by which budgets it was run, and whether it came to its end."""
+    with Journal(tmp_path / JOURNAL) as j:
+        j.record("run", budget={"evaluations": 3})
+        j.record("stop", reason="budget")
+        j.record("extended", budget={"evaluations": 5})
+
+    earlier = before(tmp_path)
+    assert earlier is not None
+    assert earlier.budgets == ({"evaluations": 3}, {"evaluations": 5})
+    assert not earlier.finished
+
+
+def test_nothing_before_what_is_no_run(tmp_path: Path) -> None:
+    """Without a journal, or with one torn in its first line, there is no earlier run."""
+    assert before(tmp_path / "none") is None
     (tmp_path / JOURNAL).write_bytes(b'{"kind"')
-    assert first_event(tmp_path) is None
+    assert before(tmp_path) is None
 
 
 def test_experiment_is_written_whole(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 Scalar = bool | int | float | str
@@ -42,12 +43,12 @@ class Method:
     coefficients: Mapping[str, Coefficient] = field(default_factory=dict)
     options: Mapping[str, tuple[Scalar, tuple[Scalar, ...]]] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def per_source(self) -> tuple[str, ...]:
         """Names of the coefficients that every source has its own of."""
         return tuple(n for n, c in self.coefficients.items() if c.per == "source")
 
-    @property
+    @cached_property
     def per_block(self) -> tuple[str, ...]:
         """Names of the coefficients that a block has one of."""
         return tuple(n for n, c in self.coefficients.items() if c.per == "block")

@@ -12,6 +12,9 @@ from evomerge.history import History
 from evomerge.rundir import TELEMETRY, read_telemetry
 from evomerge.yamlio import dump_yaml
 
+SLOW = 2.0
+"""A worker whose median evaluation takes this many times the fastest worker's is warned about."""
+
 
 def status(path: Path) -> dict[str, Any]:
     """Progress of a run directory, finished or live. Raises UserError where it is none."""
@@ -35,7 +38,7 @@ def status(path: Path) -> dict[str, Any]:
     return {
         "name": h.experiment.name,
         "phase": phase,
-        "budget": h.facts["budget"],
+        "budget": h.experiment.search.budget.model_dump(exclude_none=True),
         "candidates": len(searched),
         "scored": sum("search" in e.results for e in searched),
         "items": sum(sizes[s] for _, s, _ in results),
@@ -44,12 +47,57 @@ def status(path: Path) -> dict[str, Any]:
         "best_loss": None if best is None else losses[best],
         "winner": h.winner_id,
         "run_seconds": lines[-1]["run_seconds"] if lines else 0.0,
+        "seconds_left": _left(h, len(searched), lines),
         "seconds_per_candidate": (
             float(np.mean([t["build_seconds"] + t["score_seconds"] for t in lines])) if lines else None
         ),
         "peak_mb": max((t["peak_mb"] for t in lines), default=None),
+        "cached": h.cached,
+        "looks": h.looks,
+        "workers": _workers(lines),
         "numerics": h.facts["numerics"],
     }
+
+
+def _left(h: History, scored: int, lines: list[dict[str, Any]]) -> float | None:
+    """Seconds to the end of the budget at the pace so far; None where there is no pace yet."""
+    if not lines or not scored:
+        return None
+    gone = float(lines[-1]["run_seconds"])
+    budget = h.experiment.search.budget
+    if budget.minutes is not None:
+        return max(0.0, budget.minutes * 60 - float(gone))
+    per_candidate = sum(len(ids) for ids in h.item_ids["search"].values())
+    total = budget.evaluations or (budget.item_evaluations or 0) // max(per_candidate, 1)
+    return max(0.0, gone / scored * (total - scored))
+
+
+def _workers(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Per worker: evaluations, seconds per item, share of its time spent idle, and whether it is much slower.
+
+    Idle is counted from a worker's first result to its last; a resume in between counts as idle.
+    """
+    out = []
+    for name in sorted({t["worker"] for t in lines if t["worker"]}):
+        mine = [t for t in lines if t["worker"] == name and t["build_seconds"] + t["score_seconds"] > 0]
+        if not mine:
+            continue
+        busy = [t["build_seconds"] + t["score_seconds"] for t in mine]
+        wall = mine[-1]["run_seconds"] - mine[0]["run_seconds"]
+        out.append(
+            {
+                "worker": name,
+                "device": mine[-1].get("device", ""),
+                "evaluations": len(mine),
+                "seconds_each": float(np.median(busy)),
+                "idle": max(0.0, 1.0 - sum(busy[1:]) / wall) if wall > 0 else None,
+                "attempts_lost": sum(t["attempts"] - 1 for t in mine),
+            }
+        )
+    fastest = min((w["seconds_each"] for w in out), default=0.0)
+    for w in out:
+        w["slow"] = w["evaluations"] >= 5 and w["seconds_each"] > SLOW * fastest
+    return out
 
 
 def status_text(s: dict[str, Any]) -> str:
@@ -67,6 +115,16 @@ def status_text(s: dict[str, Any]) -> str:
         lines.append("failures: " + ", ".join(f"{k} {n}" for k, n in s["failures"].items()))
     if s["seconds_per_candidate"] is not None:
         lines.append(f"{s['seconds_per_candidate']:.3f} s per candidate, worker peak {s['peak_mb']:.0f} MiB")
+    if s["seconds_left"] is not None and s["phase"] != "finished":
+        lines.append(f"about {s['seconds_left']:.0f} s left")
+    if s["cached"]:
+        lines.append(f"{s['cached']} candidates answered from earlier scores")
+    if s["looks"] > 1:
+        lines.append(f"the report split was looked at {s['looks']} times")
+    for w in s["workers"]:
+        idle = "" if w["idle"] is None else f", idle {w['idle']:.0%}"
+        slow = "  <- much slower than the others" if w["slow"] else ""
+        lines.append(f"  {w['worker']} ({w['device']}): {w['evaluations']} x {w['seconds_each']:.3f} s{idle}{slow}")
     return "\n".join(lines)
 
 

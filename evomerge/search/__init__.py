@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from evomerge.errors import UserError, nearest
-from evomerge.search.base import Ids, Optimizer, Start
+from evomerge.search.base import Ids, Needs, Optimizer, Start
 from evomerge.space import Axis
 
 
@@ -33,6 +33,15 @@ def _module(algorithm: str) -> Any:
     if algorithm not in ALGORITHMS:
         raise UserError(f"unknown algorithm {algorithm!r}{nearest(algorithm, ALGORITHMS)}")
     return importlib.import_module(ALGORITHMS[algorithm].where.partition(":")[0])
+
+
+def _class(algorithm: str) -> Any:
+    return getattr(_module(algorithm), ALGORITHMS[algorithm].where.partition(":")[2])
+
+
+def needs_of(algorithm: str) -> Needs:
+    """What an algorithm asks of the driver. Raises UserError for an unknown name."""
+    return _class(algorithm).needs  # type: ignore[no-any-return]
 
 
 def make_options(algorithm: str, settings: Mapping[str, Any], beside: Iterable[str] = ()) -> Any:
@@ -58,7 +67,7 @@ def make_optimizer(
     algorithm: str, axes: Sequence[Axis], start: Start, rng: np.random.Generator, ids: Ids, options: Any
 ) -> Optimizer:
     """An optimizer by name. Raises UserError for an unknown name or axes that it cannot search."""
-    cls = getattr(_module(algorithm), ALGORITHMS[algorithm].where.partition(":")[2])
+    cls = _class(algorithm)
     for axis in axes:
         if axis.kind not in cls.needs.axis_kinds:
             raise UserError(f"search: {algorithm} cannot search the {axis.kind} axis {axis.name!r}")

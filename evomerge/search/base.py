@@ -20,6 +20,8 @@ class Needs:
     axis_kinds: frozenset[str] = frozenset({"float", "int", "categorical"})
     per_item_scores: bool = False
     scope: Literal["generation", "archive"] = "generation"
+    steady: bool = False
+    """Whether it may be asked while tells are outstanding (steady state with a fixed lag)."""
 
 
 class Optimizer(Protocol):

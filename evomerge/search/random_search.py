@@ -31,7 +31,7 @@ class Options:
 class RandomSearch:
     """Uniform proposals; the first one is the start. Recommends the best seen."""
 
-    needs = Needs()
+    needs = Needs(steady=True)
 
     def __init__(
         self,
@@ -46,26 +46,21 @@ class RandomSearch:
         self._rng = rng
         self._ids = ids
         self._population = (options or Options()).population
-        self._group = -1
-        self._left = 0
+        self._asked = 0
         self._waiting: set[int] = set()
         self._best: tuple[float, Proposal] | None = None
 
     def ask(self, n: int) -> list[Proposal]:
-        """Up to n points of the current generation, uniform in [0, 1)^n_axes."""
-        if self._left == 0:
-            if self._waiting:
-                return []
-            self._group += 1
-            self._left = self._population
+        """Up to n points, at most to the end of a generation, uniform in [0, 1)^n_axes. Waits for nothing."""
+        group, place = divmod(self._asked, self._population)
         out = []
-        for _ in range(min(n, self._left)):
+        for _ in range(min(n, self._population - place)):
             if self._start is not None:
                 genome, self._start = self._start.genome, None
             else:
                 genome = frozen_genome(self._rng.random(self._n))
-            out.append(Proposal(next(self._ids), self._group, genome=genome))
-        self._left -= len(out)
+            out.append(Proposal(next(self._ids), group, genome=genome))
+        self._asked += len(out)
         self._waiting.update(p.id for p in out)
         return out
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
+import threading
 import time
 from collections import deque
 from dataclasses import dataclass, replace
@@ -32,13 +34,17 @@ class _Actor:
     """The process on the other side: one evaluator."""
 
     def __init__(self, make: MakeEvaluator) -> None:
-        # Ray sets OMP_NUM_THREADS; the evaluator sets its own thread count.
-        self._evaluator: Evaluator = make()
+        self._make = make
 
     def ready(self) -> tuple[str, int]:
-        """Host name and process id, once everything is loaded."""
+        """Load everything, then give host name and process id.
+
+        Not in the constructor: of what that raises Ray passes on the text only.
+        """
         import socket
 
+        # Ray sets OMP_NUM_THREADS; the evaluator sets its own thread count.
+        self._evaluator: Evaluator = self._make()
         return socket.gethostname(), os.getpid()
 
     def evaluate(self, unit: WorkUnit) -> list[tuple[Evaluation, Telemetry]]:
@@ -146,6 +152,7 @@ class RayExecutor:
         self._ray = ray
         if not ray.is_initialized():
             self._owned = True
+            handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
             try:
                 ray.init(
                     address=self._address,
@@ -156,6 +163,10 @@ class RayExecutor:
             except ConnectionError as e:
                 self._restore_stdout()
                 raise UserError(f"workers.address {self._address!r}: no Ray cluster answers ({e})") from None
+            finally:  # Ray puts its own handlers in; ours finish the commit
+                if threading.current_thread() is threading.main_thread():
+                    for s, handler in handlers.items():
+                        signal.signal(s, handler)
         self._check_resources()
         self._shipped = ray.put(self._make)
         self._actor_class = ray.remote(_Actor)
@@ -206,9 +217,6 @@ class RayExecutor:
                 raise UserError(f"{worker.name}: {cause}") from None
             return self._lost(worker, str(e).strip().splitlines()[-1])
         except errors.RayActorError as e:
-            cause = _cause_of_start(e)
-            if cause is not None:
-                raise UserError(f"{worker.name}: {cause}") from None
             return self._lost(worker, str(e).strip().splitlines()[0])
         except errors.RayError as e:
             return self._lost(worker, str(e).strip().splitlines()[0])
@@ -279,12 +287,6 @@ class RayExecutor:
 def _failed(worker: _Worker, task: _Task, status: str, reason: str) -> list[Done]:
     telemetry = Telemetry(worker=f"{worker.name}@{worker.host}", attempts=task.attempts)
     return [(job, Evaluation(status, reason=reason), telemetry) for job in task.unit.jobs]
-
-
-def _cause_of_start(error: Any) -> UserError | None:
-    """The UserError that an actor's constructor raised, if that is why it died."""
-    cause = getattr(error, "cause", None) or error.__cause__
-    return cause if isinstance(cause, UserError) else None
 
 
 def _summary(resources: dict[str, float]) -> str:

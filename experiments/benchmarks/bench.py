@@ -29,16 +29,21 @@ import numpy as np
 import psutil
 import torch
 
-from evomerge.manifest import Manifest
+from evomerge.config import Experiment
+from evomerge.manifest import Manifest, lay_out
 from evomerge.merge.bank import Bank
 from evomerge.merge.builder import Builder
 from evomerge.merge.live import live_model
 from evomerge.pool import TORCH_DTYPES, ModelPool
-from evomerge.prepare import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS
+from evomerge.prepare import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS, Prepared
+from evomerge.progress import Silent
 from evomerge.recipe import Recipe
+from evomerge.run import search
 from evomerge.score.multiple_choice import MultipleChoice
-from evomerge.score.plan import Plan, PlanShape
+from evomerge.score.plan import ChoiceTree, Plan, PlanShape
 from evomerge.score.tasks import Item, TaskSpec
+from evomerge.space import RuleSpace
+from evomerge.workers.fake import FakeEvaluator
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -297,7 +302,56 @@ def _resident(pid: int) -> int:
         return 0
 
 
-BENCHES: dict[str, Callable[[], list[Row]]] = {"build": build, "score": score, "demo": demo}
+# -- the driver ------------------------------------------------------------------------------------------------
+
+
+def overhead() -> list[Row]:
+    """Driver and journal per candidate at 100 axes, with evaluations that cost nothing: ask to fsynced result."""
+    return [_overhead(a, n) for a in ("cma-es", "random") for n in (100, 10_000)]
+
+
+def _overhead(algorithm: str, candidates: int) -> Row:
+    tensors = [(f"model.layers.{i}.mlp.w", (4, 4), "F32", f"layers.{i}.mlp") for i in range(50)]
+    manifest = Manifest(
+        "base", {"base": 50, "a": 50, "b": 50}, lay_out(tensors), {"base": "0" * 64, "a": "1" * 64, "b": "2" * 64}
+    )
+    experiment = Experiment.model_validate(
+        {
+            "name": "overhead",
+            "models": {"base": "-", "experts": {"a": "-", "b": "-"}},
+            "search_space": {"groups": "layers", "axes": {"weight": {"low": -0.5, "high": 1.5}}},
+            "fitness": {"tasks": [{"name": "t", "splits": dict.fromkeys(("search", "select", "report"), "-")}]},
+            "search": {"algorithm": algorithm, "budget": {"evaluations": candidates}, "finalists": 1, "probes": False},
+            "workers": {"backend": "inline"},
+        }
+    )
+    items = 100
+    splits = {"search": tuple(range(items)), "select": (items,), "report": (items + 1,)}
+    none = np.zeros(1, dtype=np.int32)
+    tree = ChoiceTree(none, none, none, none, none, none, (1, 1), 0)
+    plan = Plan(
+        "t", "multiple_choice", PlanShape(), none[:0], (tree,) * (items + 2), tuple(map(str, range(items + 2))), splits
+    )
+    space = RuleSpace(experiment.stages[0].space, manifest, "float32")
+    prepared = _Overhead(experiment, manifest, "float32", {"t": plan}, (space,), "cpu", ())
+    with tempfile.TemporaryDirectory() as temporary:
+        start = time.perf_counter()
+        search(prepared, Path(temporary) / "run", Silent(), accept_drift=False, interrupted=lambda: False)
+        seconds = time.perf_counter() - start
+        size = (Path(temporary) / "run" / "journal.jsonl").stat().st_size
+    return {
+        "what": f"driver and journal, {algorithm}, {len(space.axes)} axes, {candidates} candidates, {items} items",
+        "ms per candidate": seconds / candidates * 1e3,
+        "journal bytes per candidate": size / candidates,
+    }
+
+
+class _Overhead(Prepared):
+    def evaluator(self) -> Any:
+        return FakeEvaluator
+
+
+BENCHES: dict[str, Callable[[], list[Row]]] = {"build": build, "score": score, "overhead": overhead, "demo": demo}
 
 
 def main() -> None:

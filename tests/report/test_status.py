@@ -69,6 +69,10 @@ def test_failures_are_counted_by_kind() -> None:
         "run_seconds": 61.0,
         "seconds_per_candidate": 0.25,
         "peak_mb": 300.0,
+        "seconds_left": 12.0,
+        "cached": 2,
+        "looks": 0,
+        "workers": [],
     }
 
     text = status_text(s)

@@ -86,11 +86,11 @@ def test_proposals_are_points_of_the_cube(algorithm: str, n: int) -> None:
 
 
 def test_ask_gives_at_most_what_was_asked_for(algorithm: str) -> None:
-    """ask(n) returns 0 to n proposals, and [] while the tells of a generation are awaited."""
+    """ask(n) returns 0 to n proposals, and [] while the tells of a generation are awaited (if it awaits any)."""
     opt = optimizer(algorithm)
     group: list[Proposal] = []
 
-    for _ in range(10_000):
+    while len(group) < 1000:
         part = opt.ask(3)
         assert len(part) <= 3
         if not part:
@@ -98,6 +98,9 @@ def test_ask_gives_at_most_what_was_asked_for(algorithm: str) -> None:
         group += part
 
     assert group
+    if opt.needs.steady:
+        assert opt.ask(1), "a steady-state algorithm may always be asked"
+        return
     assert opt.ask(100) == []
     assert len({p.group for p in group}) == 1
 
@@ -109,7 +112,7 @@ def test_a_partly_told_generation_keeps_waiting(algorithm: str) -> None:
 
     for p in group[:-1]:
         opt.tell(p, told(1.0))
-        assert opt.ask(10) == []
+        assert opt.needs.steady or opt.ask(10) == []
     opt.tell(group[-1], told(1.0))
 
     assert [p.group for p in opt.ask(1)] == [group[0].group + 1]

@@ -1,0 +1,44 @@
+"""Warm starts: an earlier run's finalists as recipes of a new experiment, matched by content hash."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from evomerge.config import Experiment
+from evomerge.errors import UserError
+from evomerge.history import History
+from evomerge.prepare import open_pool
+
+
+def finalists_of(path: Path, experiment: Experiment) -> list[dict[str, Any]]:
+    """The finalists of the run in `path`, best on its select split first, in the names of the new pool.
+
+    Baselines are left out: the new run scores its own. Raises UserError where a source is not in the new pool.
+    """
+    history = History.read(path)
+    if history.final is None:
+        raise UserError(f"{path}: has no finalists yet; finish it with `evomerge resume {path}`")
+    manifest = open_pool(experiment).manifest()
+    name_of = {digest: name for name, digest in manifest.hashes.items()}
+    losses = history.final["losses"]
+    out = []
+    for number in sorted(history.final["finalists"], key=lambda i: (losses[str(i)], i)):
+        if history.entry(number).role == "baseline":
+            continue
+        recipe = history.recipe(number)
+        renamed = {}
+        for name, source in recipe.sources.items():
+            if source.sha256 not in name_of:
+                raise UserError(
+                    f"{path}: its source {name!r} is not in the new pool; a warm start needs all old sources"
+                )
+            renamed[name] = name_of[source.sha256]
+        rules = [
+            r.model_copy(update={"sources": {renamed[s]: c for s, c in r.sources.items()}})
+            for r in recipe.blocks.values()
+        ]
+        sources = {renamed[n]: s for n, s in recipe.sources.items()}
+        update = {"base": renamed[recipe.base], "sources": sources, "merge": tuple(rules)}
+        out.append(recipe.model_copy(update=update).to_json())
+    return out

@@ -1,0 +1,143 @@
+"""The score cache: results by recipe and item, put together where they were scored in parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from evomerge.commit import Committer, ScoreCache
+from evomerge.journal import Journal, read
+from evomerge.proposal import Evaluation, ItemSet
+from evomerge.recipe import Recipe
+from evomerge.rundir import RunDirectory
+from evomerge.workers.fake import FakeEvaluator
+from evomerge.workers.inline import InlineExecutor
+
+ALL = ItemSet("all", {"a": (0, 1, 2, 3), "b": (7, 5)})
+PARTS = (ItemSet("first", {"a": (3, 0), "b": (5,)}), ItemSet("second", {"a": (2, 1), "b": (7,)}))
+RECIPES = [Recipe.model_validate({"base": f"base-{i}", "merge": []}) for i in range(3)]
+
+
+def scored(items: ItemSet, factor: float = 1.0) -> Evaluation:
+    return Evaluation("ok", {t: {"m": np.array(at, np.float32) * factor} for t, at in items.tasks.items()})
+
+
+def same(a: Evaluation | None, b: Evaluation) -> bool:
+    assert a is not None
+    assert a.scores is not None
+    assert b.scores is not None
+    pairs = [(a.scores[t][m], b.scores[t][m]) for t in b.scores for m in b.scores[t]]
+    return a.status == b.status and {*a.scores} == {*b.scores} and all(np.array_equal(x, y) for x, y in pairs)
+
+
+def test_parts_make_a_whole() -> None:
+    """Items scored in two parts answer for all of them, in the order that is asked for; one part alone does not."""
+    cache = ScoreCache()
+    cache.add("r", PARTS[0], scored(PARTS[0]))
+
+    assert cache.get("r", ALL) is None
+    cache.add("r", PARTS[1], scored(PARTS[1]))
+    assert same(cache.get("r", ALL), scored(ALL))
+    assert same(cache.get("r", PARTS[0]), scored(PARTS[0]))
+    assert cache.get("another", ALL) is None
+
+
+def test_parts_by_task() -> None:
+    """Parts that hold different tasks make a whole too."""
+    cache = ScoreCache()
+    for task in ("a", "b"):
+        part = ItemSet(task, {task: ALL.tasks[task]})
+        cache.add("r", part, scored(part))
+
+    assert same(cache.get("r", ALL), scored(ALL))
+
+
+def test_a_subset_of_what_is_known() -> None:
+    """A smaller set is answered from a larger one."""
+    cache = ScoreCache()
+    cache.add("r", ALL, scored(ALL))
+
+    assert same(cache.get("r", PARTS[1]), scored(PARTS[1]))
+
+
+def test_failures_answer_for_their_own_items_only() -> None:
+    """A failure is remembered for the same items; on others the recipe is tried anew."""
+    cache = ScoreCache()
+    cache.add("r", PARTS[0], Evaluation("failed:nan", reason="no"))
+
+    known = cache.get("r", PARTS[0])
+    assert known is not None
+    assert known.status == "failed:nan"
+    assert cache.get("r", PARTS[1]) is None
+    cache.add("r", PARTS[1], scored(PARTS[1]))
+    assert cache.get("r", ALL) is None
+
+
+class Counting(FakeEvaluator):
+    """Remembers what it evaluated."""
+
+    seen: list[tuple[int, str]]
+
+    def evaluate(self, unit: Any) -> Any:
+        Counting.seen += [(j.proposal, j.items.name) for j in unit.jobs]
+        return super().evaluate(unit)
+
+
+Open = Callable[[], Committer]
+
+
+@pytest.fixture
+def committer(tmp_path: Path) -> Iterator[Open]:
+    """committer() -> a committer over the journal so far, as a new process would open it."""
+    Counting.seen = []
+    with ExitStack() as opened:
+
+        def make() -> Committer:
+            opened.close()
+            rundir = opened.enter_context(RunDirectory(tmp_path / "run"))
+            journal = opened.enter_context(Journal(tmp_path / "run" / "journal.jsonl"))
+            return opened.enter_context(closing(Committer(journal, InlineExecutor(Counting), rundir, lambda: False)))
+
+        yield make
+
+
+def commit(c: Committer, proposal: int, recipe: Recipe, items: ItemSet) -> Evaluation:
+    c.submit([(proposal, recipe)], items)
+    return c.commit(proposal, recipe, items)
+
+
+def test_duplicates_are_answered_from_the_journal(committer: Open, tmp_path: Path) -> None:
+    """The same recipe again, in parts and as a whole, before and after a resume: evaluated once, told as cached."""
+    c = committer()
+    first = commit(c, 0, RECIPES[0], PARTS[0])
+    again = commit(c, 1, RECIPES[0], PARTS[0])
+    c = committer()  # a resume: replays both, then goes on
+    assert same(commit(c, 0, RECIPES[0], PARTS[0]), first)
+    commit(c, 1, RECIPES[0], PARTS[0])
+    commit(c, 2, RECIPES[0], PARTS[0])
+    commit(c, 3, RECIPES[0], PARTS[1])
+    whole = commit(c, 4, RECIPES[0], ALL)
+    events, _ = read(tmp_path / "run" / "journal.jsonl")
+
+    assert same(again, first)
+    assert Counting.seen == [(0, "first"), (3, "second")]
+    assert [e.get("cached", False) for e in events] == [False, True, True, False, True]
+    assert whole.scores is not None
+    assert {t: len(c["accuracy"]) for t, c in whole.scores.items()} == {"a": 4, "b": 2}
+
+
+def test_equal_recipes_of_one_group(committer: Open) -> None:
+    """Of equal recipes in one group the first is evaluated, the others are answered from it."""
+    c = committer()
+    group = [(0, RECIPES[0]), (1, RECIPES[1]), (2, RECIPES[0])]
+    c.submit(group, ALL)
+    results = [c.commit(i, r, ALL) for i, r in group]
+
+    assert same(results[2], results[0])
+    assert not same(results[1], results[0])
+    assert Counting.seen == [(0, "all"), (1, "all")]
