@@ -8,23 +8,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from evomerge.errors import UserError
+from evomerge.errors import RunError, UserError
 
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
     """Yield a temporary folder that becomes `target` at the end, or vanishes on an exception.
 
-    Raises UserError where the target exists and is not an empty folder.
+    Raises UserError where the target exists and is not an empty folder, RunError where the disk is full or gone.
     """
     target = Path(os.path.abspath(target))
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target}: exists and is not empty; choose another --to")
-    target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
     try:
+        temporary.mkdir(parents=True)
         yield temporary
         umask = os.umask(0)
         os.umask(umask)
@@ -35,8 +34,10 @@ def new_folder(target: Path) -> Iterator[Path]:
         _sync(temporary)
         temporary.rename(target)  # replaces an empty folder
         _sync(target.parent)
-    except BaseException:
+    except BaseException as e:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(e, OSError):
+            raise RunError(f"{target}: cannot be written ({e.strerror or e})") from None
         raise
 
 
@@ -49,17 +50,19 @@ def _sync(path: Path) -> None:
 
 
 def new_file(target: Path, text: str) -> None:
-    """Write a new text file, whole or not at all. Raises UserError where it exists."""
+    """Write a new text file, whole or not at all. Raises UserError where it exists, RunError where it cannot be."""
     target = Path(os.path.abspath(target))
     if target.exists():
         raise UserError(f"{target}: exists; choose another --to")
-    target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(text, encoding="utf-8")
         _sync(temporary)
         temporary.rename(target)
-    except BaseException:
+        _sync(target.parent)
+    except BaseException as e:
         temporary.unlink(missing_ok=True)
+        if isinstance(e, OSError):
+            raise RunError(f"{target}: cannot be written ({e.strerror or e})") from None
         raise
-    _sync(target.parent)

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -201,6 +201,58 @@ def test_a_hundred_kills(
     print(f"\n{count} workers, lag {lag}: {autopsy}")
     assert autopsy.kills == 34
     assert autopsy.runs >= 1
+
+
+class Backwards:
+    """An executor that finishes the youngest unit first, and dies at the end of its life."""
+
+    life = 0
+    evaluated: ClassVar[Counter[Key]] = Counter()
+
+    def __init__(self, make: Any) -> None:
+        self._evaluator = make()
+        self._queue: list[Any] = []
+
+    def submit(self, unit: Any) -> None:
+        self._queue.append(unit)
+
+    def wait(self, _: float) -> list[Any]:
+        Backwards.life -= 1
+        if Backwards.life < 0:
+            raise KeyboardInterrupt
+        unit = self._queue.pop()
+        Backwards.evaluated.update((j.recipe.id, j.items.id) for j in unit.jobs)
+        results = self._evaluator.evaluate(unit)
+        return [(job, e, t) for job, (e, t) in zip(unit.jobs, results, strict=True)]
+
+    def close(self) -> None:
+        self._queue.clear()
+
+
+@pytest.mark.parametrize("lag", [None, 3])
+def test_early_results_are_not_repeated(
+    lag: int | None, experiment_with: With, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Results that came before their turn when the driver died are taken up again: nothing is evaluated twice."""
+    change: dict[str, Any] = {} if lag is None else {"search.algorithm": "random", "search.lag": lag}
+    run(experiment_with(**change), tmp_path / "whole")
+    monkeypatch.setattr(sys.modules[run.__module__], "make_executor", lambda make, *_: Backwards(make))
+    Backwards.evaluated.clear()
+    out = tmp_path / "out"
+    autopsy = Autopsy(journal(tmp_path / "whole"))
+    over = False
+    while not over:
+        Backwards.life = 2
+        try:
+            run(experiment_with(**change), out)
+            over = True
+        except KeyboardInterrupt:
+            autopsy.died(out)
+    autopsy.ended(out)
+
+    assert autopsy.kills > 5
+    assert autopsy.early > 5
+    assert {*Backwards.evaluated.values()} == {1}
 
 
 # -- torn tails -----------------------------------------------------------------------------------------------

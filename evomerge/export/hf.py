@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -116,16 +117,23 @@ def _write_shards(folder: Path, weights: Mapping[str, Tensor]) -> None:
     """safetensors files of at most SHARD_BYTES, with an index where there are several."""
     shards = list(_shards(weights))
     if len(shards) == 1:
-        save_file({n: t.contiguous() for n, t in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+        _save({n: t.contiguous() for n, t in weights.items()}, folder / "model.safetensors")
         return
     where = {}
     for i, names in enumerate(shards, 1):
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        save_file({n: weights[n].contiguous() for n in names}, folder / file, {"format": "pt"})
+        _save({n: weights[n].contiguous() for n in names}, folder / file)
         where.update(dict.fromkeys(names, file))
     total = sum(t.numel() * t.element_size() for t in weights.values())
     index = {"metadata": {"total_size": total}, "weight_map": where}
     _write(folder / "model.safetensors.index.json", json.dumps(index, indent=1) + "\n")
+
+
+def _save(weights: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(weights, path, {"format": "pt"})
+    except SafetensorError as e:  # a full disk, too
+        raise OSError(str(e)) from None
 
 
 def _shards(weights: Mapping[str, Tensor]) -> Iterator[list[str]]:

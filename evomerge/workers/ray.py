@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
+import socket
 import sys
 import threading
 import time
@@ -29,6 +31,9 @@ STARTS = 3
 READY_SECONDS = 300.0
 """Time for actors to be placed and to load their pool."""
 
+CONNECT_SECONDS = 10.0
+"""Time for the host of a cluster's address to answer."""
+
 
 class _Actor:
     """The process on the other side: one evaluator."""
@@ -41,8 +46,6 @@ class _Actor:
 
         Not in the constructor: of what that raises Ray passes on the text only.
         """
-        import socket
-
         # Ray sets OMP_NUM_THREADS; the evaluator sets its own thread count.
         self._evaluator: Evaluator = self._make()
         return socket.gethostname(), os.getpid()
@@ -146,6 +149,8 @@ class RayExecutor:
     # -- actors -------------------------------------------------------------------------------------------
 
     def _begin(self) -> None:
+        if self._address is not None:
+            _check_answers(self._address)
         self._divert_stdout()
         import ray
 
@@ -287,6 +292,17 @@ class RayExecutor:
 def _failed(worker: _Worker, task: _Task, status: str, reason: str) -> list[Done]:
     telemetry = Telemetry(worker=f"{worker.name}@{worker.host}", attempts=task.attempts)
     return [(job, Evaluation(status, reason=reason), telemetry) for job in task.unit.jobs]
+
+
+def _check_answers(address: str) -> None:
+    """Raises UserError where nobody listens at HOST:PORT; Ray itself would try for many minutes."""
+    place = re.fullmatch(r"(?:ray://)?\[?(?P<host>[^/]+?)\]?:(?P<port>\d{1,5})", address)
+    if place is None:  # auto, or a name that Ray knows
+        return
+    try:
+        socket.create_connection((place["host"], int(place["port"])), timeout=CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as e:
+        raise UserError(f"workers.address {address!r}: no Ray cluster answers ({e})") from None
 
 
 def _summary(resources: dict[str, float]) -> str:
