@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from evomerge.errors import UserError
+from evomerge.errors import RunError, UserError
 from evomerge.files import new_file, new_folder
 
 
@@ -50,7 +50,7 @@ def test_a_failing_rename_leaves_nothing(tmp_path: Path) -> None:
             target.mkdir()
             (target / "theirs.txt").write_text("theirs")
 
-    with pytest.raises(OSError, match="out"):
+    with pytest.raises(RunError, match="out: cannot be written"):
         write()
 
     assert os.listdir(tmp_path) == ["out"]
