@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from evomerge.canonical import digest
 from evomerge.errors import UserError, nearest
-from evomerge.library import find
+from evomerge.library import find, located
 from evomerge.schema import validated
 from evomerge.score.tasks import TaskSpec
 from evomerge.search import ALGORITHMS, make_options
@@ -292,8 +292,8 @@ def parse_overrides(pairs: list[str]) -> dict[str, Any]:
 def _resolved_models(models: Models, folder: Path) -> Models:
     return models.model_copy(
         update={
-            "base": str((folder / models.base).resolve()),
-            "experts": {n: str((folder / p).resolve()) for n, p in models.experts.items()},
+            "base": str(located(folder, models.base)),
+            "experts": {n: str(located(folder, p)) for n, p in models.experts.items()},
         }
     )
 
@@ -329,7 +329,7 @@ def resolve_fitness(spec: str | FitnessSpec, folder: Path) -> FitnessSpec:
         return resolve_fitness(validated(FitnessSpec, load_yaml(path), str(path)), path.resolve().parent)
     tasks = []
     for task in spec.tasks:
-        splits = {s: str((folder / v).resolve()) if isinstance(v, str) else v for s, v in task.splits.items()}
-        data = str((folder / task.data).resolve()) if task.data is not None else None
+        splits = {s: str(located(folder, v)) if isinstance(v, str) else v for s, v in task.splits.items()}
+        data = str(located(folder, task.data)) if task.data is not None else None
         tasks.append(task.model_copy(update={"splits": splits, "data": data}))
     return spec.model_copy(update={"tasks": tuple(tasks)})

@@ -26,13 +26,23 @@ def entries(kind: str) -> dict[str, Path]:
     return out
 
 
+def located(folder: Path, name: str) -> Path:
+    """The absolute path of a name that a file in `folder` gives. Raises UserError for what is no path."""
+    try:
+        path = (folder / name).resolve()
+        path.exists()  # complains of names that are too long
+        return path
+    except (ValueError, OSError, RuntimeError) as e:
+        raise UserError(f"{name!r} is no path ({e})") from None
+
+
 def find(kind: str, name: str, near: Path) -> Path:
     """An entry by library name, or a file: relative to the folder `near`, where it ends in .yaml or .yml.
 
     Raises UserError naming the nearest entry.
     """
     if name.endswith((".yaml", ".yml")):
-        path = near / name
+        path = located(near, name)
         if not path.is_file():
             raise UserError(f"{KINDS[kind]}: no such file {path}")
         return path

@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from evomerge.canonical import digest
 from evomerge.errors import UserError, nearest
+from evomerge.library import located
 from evomerge.manifest import Block, Manifest
 from evomerge.merge.methods import METHODS, Method, Scalar
 from evomerge.schema import validated
@@ -198,7 +199,7 @@ class Recipe(_Part):
         """Read a recipe file; `path`s of sources are taken relative to it. Raises UserError."""
         recipe = validated(cls, load_yaml(path), str(path))
         sources = {
-            n: s.model_copy(update={"path": str((path.parent / s.path).resolve())}) if s.path else s
+            n: s.model_copy(update={"path": str(located(path.parent, s.path))}) if s.path else s
             for n, s in recipe.sources.items()
         }
         return recipe.model_copy(update={"sources": sources})

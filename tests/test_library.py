@@ -8,7 +8,7 @@ import pytest
 
 from evomerge import library
 from evomerge.errors import UserError, nearest
-from evomerge.library import KINDS, entries, find
+from evomerge.library import KINDS, entries, find, located
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -63,3 +63,10 @@ def test_nearest_names() -> None:
     assert nearest("wieght", ["weight", "density"]) == "; did you mean 'weight'?"
     assert nearest("zzz", ["weight", "density"]) == "; known: density, weight"
     assert nearest("zzz", [f"n{i:02}" for i in range(20)]).endswith("n11, ...")
+
+
+@pytest.mark.parametrize("name", ["a\0b", "x" * 5000])
+def test_what_is_no_path_is_one_line(name: str, tmp_path: Path) -> None:
+    """A name that no file can have is bad input, not a crash."""
+    with pytest.raises(UserError, match="is no path"):
+        located(tmp_path, name)
