@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from evomerge.errors import RunError
+from evomerge.errors import RunError, UserError
 from evomerge.journal import Event, Journal, Lines, read_sealed, scores_from_json, scores_to_json, seal
 from evomerge.proposal import Evaluation, ItemSet, Job, Scores, WorkUnit
 from evomerge.recipe import Recipe
@@ -86,6 +86,8 @@ class Committer:
         jobs = []
         for proposal, recipe in group:
             key = (recipe.id, items.id)
+            if key in self._finished.waiting and not _fits(self._finished.waiting[key], items):
+                self._finished.take(key)
             if self._journal.will_tell(proposal, items.id) or key in self._running or key in self._finished.waiting:
                 continue
             if self._cache.get(*key[:1], items) is None:
@@ -145,12 +147,18 @@ class Committer:
 
     def _replayed(self, proposal: int, items: ItemSet) -> Evaluation:
         event = self._journal.take("told")
-        if event["id"] != proposal or event["items"] != items.id:
+        if event.get("id") != proposal or event.get("items") != items.id:
             raise RunError(
-                f"{self._journal.path} event {event['seq']}: the journal has results of candidate {event['id']} "
+                f"{self._journal.path} event {event['seq']}: the journal has results of candidate {event.get('id')} "
                 f"where the replay has {proposal}; was it written by another version?"
             )
-        return _from_json(event)
+        try:
+            e = _from_json(event)
+        except (KeyError, TypeError, ValueError, AttributeError):
+            e = None
+        if e is None or not _fits(e, items):
+            raise UserError(f"{self._journal.path} event {event['seq']}: holds no result on these items")
+        return e
 
 
 class _Finished:
@@ -177,6 +185,16 @@ class _Finished:
 
     def close(self) -> None:
         self._lines.close()
+
+
+def _fits(e: Evaluation, items: ItemSet) -> bool:
+    """Whether a result from a file has one score per item, or none at all where it failed."""
+    if e.scores is None:
+        return not e.ok
+    columns = {t: [*ms.values()] for t, ms in e.scores.items()}
+    return e.ok and all(
+        columns.get(t) and all(c.shape == (len(at),) for c in columns[t]) for t, at in items.tasks.items()
+    )
 
 
 def _to_json(e: Evaluation) -> Event:

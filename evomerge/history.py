@@ -74,7 +74,7 @@ class History:
             raise UserError(f"{path / JOURNAL}: holds no run yet; start it again with the same command")
         try:
             return cls._decoded(path, experiment, events)
-        except (KeyError, TypeError, ValueError) as e:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
             if isinstance(e, UserError):
                 raise
             raise UserError(f"{path / JOURNAL}: an event lacks what it should hold ({e!r})") from None
@@ -126,8 +126,11 @@ class History:
         if entry.recipe_json is not None:
             recipe = validated(Recipe, entry.recipe_json, f"candidate {candidate}").canonical(self.manifest)
         else:
-            genome = frozen_genome(decode_array(entry.genome))
-            recipe = self._spaces[entry.stage].decode(genome, self.manifest)
+            try:
+                genome = frozen_genome(decode_array(entry.genome))
+                recipe = self._spaces[entry.stage].decode(genome, self.manifest)
+            except (ValueError, TypeError, IndexError) as e:
+                raise UserError(f"{self.path}: candidate {candidate} has no genome of its space ({_line(e)})") from None
         if recipe.id != entry.recipe_id:
             raise UserError(f"{self.path}: candidate {candidate} decodes to another recipe than the journal names")
         return recipe
@@ -214,3 +217,7 @@ def load_resolved(path: Path, overrides: Mapping[str, Any] | None = None) -> Exp
     if not file.is_file():
         raise UserError(f"{path}: is no run directory (no {EXPERIMENT}); expected what `evomerge run` wrote")
     return load(file, overrides)
+
+
+def _line(e: Exception) -> str:
+    return " ".join(str(e).split())

@@ -89,7 +89,7 @@ def read(path: Path) -> tuple[list[Event], int]:
         with path.open("rb") as f:
             while line := f.readline(MAX_LINE + 1):
                 try:
-                    if not line.endswith(b"\n"):
+                    if not line.endswith(b"\n") and len(line) <= MAX_LINE:
                         raise ValueError("torn")
                     events.append(_unseal(line, len(events)))
                 except (ValueError, RecursionError) as e:
@@ -224,7 +224,10 @@ class Journal:
         differing = sorted(k for k in {*recorded, *event} if recorded.get(k) != event.get(k))
         drift = 0.0
         if "genome" in recorded and "genome" in event and recorded["genome"] != event["genome"]:
-            a, b = decode_array(recorded["genome"]), decode_array(event["genome"])
+            try:
+                a, b = decode_array(recorded["genome"]), decode_array(event["genome"])
+            except ValueError as e:
+                raise UserError(f"{self.path} event {event['seq']}: its genome cannot be read ({e})") from None
             drift = float(np.max(np.abs(a - b))) if a.shape == b.shape else np.inf
             # The recipe's id follows from the genome, so it may differ with it.
             differing = [k for k in differing if k not in ("genome", "recipe_id")]
@@ -233,7 +236,7 @@ class Journal:
                 f"{self.path} event {event['seq']} ({event['kind']}): the replay differs in {', '.join(differing)}; "
                 "the experiment or its inputs changed since"
             )
-        if drift > TOLERANCE and not self._accept_drift:
+        if not drift <= TOLERANCE and not self._accept_drift:
             raise RunError(
                 f"{self.path} event {event['seq']}: the asked genome differs from the journalled one by {drift:.2e} "
                 f"(more than {TOLERANCE:g}); resume on the software that wrote it, or pass --accept-drift"
