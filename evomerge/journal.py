@@ -72,7 +72,7 @@ def _unseal(line: bytes, seq: int) -> Event:
     if not isinstance(event.get("kind"), str):
         raise ValueError("not an event")
     if event.get("v") != VERSION:
-        raise ValueError(f"journal format {event.get('v')!r}; this version reads format {VERSION}")
+        raise UserError(f"journal format {event.get('v')!r}; this version reads format {VERSION}")
     if event.get("seq") != seq:
         raise ValueError(f"event {event.get('seq')!r} where {seq} was expected")
     return event
@@ -96,6 +96,8 @@ def read(path: Path) -> tuple[list[Event], int]:
                     if not line.endswith(b"\n") and f.read(1) == b"":
                         return events, good  # the write that a crash cut short; its newline goes last
                     reason = str(e).splitlines()[0]
+                    if isinstance(e, UserError):
+                        raise UserError(f"{path}: {reason}") from None
                     raise UserError(
                         f"{path} line {len(events) + 1}: damaged ({reason}); restore the file from a copy"
                     ) from None
