@@ -8,7 +8,7 @@ evaluation; the file is emptied whenever nothing waits in it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evomerge.errors import RunError, UserError
-from evomerge.journal import Event, Journal, Lines, read_sealed, scores_from_json, scores_to_json, seal
+from evomerge.journal import Event, Journal, Lines, read_sealed, scores_from_json, scores_to_json, seal, whole
 from evomerge.proposal import Evaluation, ItemSet, Job, Scores, WorkUnit
 from evomerge.recipe import Recipe
 from evomerge.rundir import FINISHED, RunDirectory
@@ -65,9 +65,18 @@ class Committer:
     """Holds the journal, the executor and the cache of one run."""
 
     def __init__(
-        self, journal: Journal, executor: Executor, rundir: RunDirectory, interrupted: Callable[[], bool]
+        self,
+        journal: Journal,
+        executor: Executor,
+        rundir: RunDirectory,
+        interrupted: Callable[[], bool],
+        metrics: Mapping[str, Collection[str]] | None = None,
     ) -> None:
-        """`interrupted` is looked at while results are awaited, never in the middle of a commit."""
+        """`interrupted` is looked at while results are awaited, never in the middle of a commit.
+
+        `metrics` are those that each task's results must have to be taken from a file.
+        """
+        self._metrics = metrics or {}
         self._journal = journal
         self._executor = executor
         self._rundir = rundir
@@ -86,7 +95,7 @@ class Committer:
         jobs = []
         for proposal, recipe in group:
             key = (recipe.id, items.id)
-            if key in self._finished.waiting and not _fits(self._finished.waiting[key], items):
+            if key in self._finished.waiting and not self._fits(self._finished.waiting[key], items):
                 self._finished.take(key)
             if self._journal.will_tell(proposal, items.id) or key in self._running or key in self._finished.waiting:
                 continue
@@ -156,9 +165,12 @@ class Committer:
             e = _from_json(event)
         except (KeyError, TypeError, ValueError, AttributeError):
             e = None
-        if e is None or not _fits(e, items):
+        if e is None or not self._fits(e, items):
             raise UserError(f"{self._journal.path} event {event['seq']}: holds no result on these items")
         return e
+
+    def _fits(self, e: Evaluation, items: ItemSet) -> bool:
+        return whole(e.status, e.scores, {t: len(at) for t, at in items.tasks.items()}, self._metrics)
 
 
 class _Finished:
@@ -187,19 +199,9 @@ class _Finished:
         self._lines.close()
 
 
-def _fits(e: Evaluation, items: ItemSet) -> bool:
-    """Whether a result from a file has one score per item, or none at all where it failed."""
-    if e.scores is None:
-        return not e.ok
-    columns = {t: [*ms.values()] for t, ms in e.scores.items()}
-    return e.ok and all(
-        columns.get(t) and all(c.shape == (len(at),) for c in columns[t]) for t, at in items.tasks.items()
-    )
-
-
 def _to_json(e: Evaluation) -> Event:
     return {"status": e.status, "reason": e.reason, "scores": scores_to_json(e.scores)}
 
 
 def _from_json(event: Event) -> Evaluation:
-    return Evaluation(event["status"], scores_from_json(event["scores"]), event["reason"])
+    return Evaluation(str(event["status"]), scores_from_json(event["scores"]), str(event["reason"]))

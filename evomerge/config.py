@@ -292,10 +292,20 @@ def parse_overrides(pairs: list[str]) -> dict[str, Any]:
 def _resolved_models(models: Models, folder: Path) -> Models:
     return models.model_copy(
         update={
-            "base": str((folder / models.base).resolve()),
-            "experts": {n: str((folder / p).resolve()) for n, p in models.experts.items()},
+            "base": _absolute(folder, models.base),
+            "experts": {n: _absolute(folder, p) for n, p in models.experts.items()},
         }
     )
+
+
+def _absolute(folder: Path, path: str) -> str:
+    """Raises UserError for a text that can name no file."""
+    try:
+        (folder / path).exists()  # too long for the system
+        return str((folder / path).resolve())
+    except (OSError, ValueError) as e:
+        reason = getattr(e, "strerror", None) or e
+        raise UserError(f"{path[:80]!r}: names no file ({reason})") from None
 
 
 def resolve_space(spec: str | StagedSpec | SpaceSpec, folder: Path) -> StagedSpec | SpaceSpec:
@@ -329,7 +339,7 @@ def resolve_fitness(spec: str | FitnessSpec, folder: Path) -> FitnessSpec:
         return resolve_fitness(validated(FitnessSpec, load_yaml(path), str(path)), path.resolve().parent)
     tasks = []
     for task in spec.tasks:
-        splits = {s: str((folder / v).resolve()) if isinstance(v, str) else v for s, v in task.splits.items()}
-        data = str((folder / task.data).resolve()) if task.data is not None else None
+        splits = {s: _absolute(folder, v) if isinstance(v, str) else v for s, v in task.splits.items()}
+        data = _absolute(folder, task.data) if task.data is not None else None
         tasks.append(task.model_copy(update={"splits": splits, "data": data}))
     return spec.model_copy(update={"tasks": tuple(tasks)})

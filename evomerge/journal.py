@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +170,8 @@ class Journal:
         size = 0
         if path.exists():
             self.events, size = read(path)
-        self._told = {(e.get("id"), e.get("items")) for e in self.events if e["kind"] == "told"}
+        told = [(e.get("id"), e.get("items")) for e in self.events if e["kind"] == "told"]
+        self._told = {(i, items) for i, items in told if isinstance(i, int) and isinstance(items, str)}
         self._lines = Lines(path, size)
 
     def __enter__(self) -> Journal:
@@ -262,3 +263,13 @@ def scores_from_json(data: Any) -> dict[str, dict[str, Any]] | None:
     if data is None:
         return None
     return {t: {m: decode_array(a) for m, a in ms.items()} for t, ms in data.items()}
+
+
+def whole(status: str, scores: Any, counts: Mapping[str, int], metrics: Mapping[str, Collection[str]]) -> bool:
+    """Whether a result from a file has one score per item of every task and metric, or none at all where it failed."""
+    if scores is None or status != "ok":
+        return scores is None and status.startswith("failed:")
+    return all(
+        scores.get(t) and {*metrics.get(t, ())} <= {*scores[t]} and all(c.shape == (n,) for c in scores[t].values())
+        for t, n in counts.items()
+    )

@@ -21,7 +21,7 @@ from evomerge.config import Budget, Experiment
 from evomerge.errors import RunError, UserError
 from evomerge.history import History
 from evomerge.journal import Journal
-from evomerge.prepare import Prepared, make_executor, prepare
+from evomerge.prepare import Prepared, make_executor, needed_metrics, prepare
 from evomerge.progress import Progress, Silent
 from evomerge.proposal import Evaluation, Genome, Proposal
 from evomerge.rundir import JOURNAL, Before, RunDirectory, before
@@ -69,7 +69,7 @@ def search(
         RunDirectory(out) as rundir,
         Journal(out / JOURNAL, accept_drift=accept_drift, on_drift=rundir.drift) as journal,
         closing(make_executor(prepared.evaluator(), experiment.workers, prepared.device)) as executor,
-        closing(Committer(journal, executor, rundir, interrupted)) as committer,
+        closing(Committer(journal, executor, rundir, interrupted, needed_metrics(experiment))) as committer,
     ):
         # The journal's file comes first: a folder that has one, even an empty one, is ours to go on with.
         if earlier is None or extensions:

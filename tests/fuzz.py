@@ -23,9 +23,6 @@ from typing import Any
 
 import yaml
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
 from evomerge.config import load
 from evomerge.errors import RunError, UserError
 from evomerge.history import History
@@ -36,6 +33,8 @@ from evomerge.report.results import results
 from evomerge.report.status import status
 from evomerge.run import run
 from evomerge.workers.fake import FakeEvaluator
+
+ROOT = Path(__file__).resolve().parents[1]
 
 JUNK: tuple[Any, ...] = (
     None, True, False, 0, -1, 1, 2**63, 10**400, 0.5, -1e308, float("nan"), float("inf"), "", "x", "..", "/etc/passwd",
@@ -232,7 +231,7 @@ RULES: tuple[Any, ...] = (
 
 
 def _one_line(e: Exception) -> None:
-    if len(str(e).splitlines()) != 1:
+    if not str(e) or "\n" in str(e):
         raise AssertionError(f"not one line: {e!r}")
 
 
