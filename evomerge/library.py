@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def find(kind: str, name: str, near: Path) -> Path:
     """
     if name.endswith((".yaml", ".yml")):
         path = near / name
-        if not path.is_file():
+        if not os.path.isfile(path):  # false, too, for what no file can be called
             raise UserError(f"{KINDS[kind]}: no such file {path}")
         return path
     known = entries(kind)

@@ -230,14 +230,19 @@ def test_deep_nesting(run_copy: Path, experiment_with: With) -> None:
 # -- secrets --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("backend", ["inline", pytest.param("local", marks=pytest.mark.slow)])
 def test_no_secret_in_any_file(
-    experiment_with: With, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    backend: str,
+    experiment_with: With,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     """A token in the environment appears in no file of a run or an export, nor in what is printed on failures."""
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, CANARY)
     out = tmp_path / "out"
-    run(experiment_with(**{"workers.backend": "local", "search.budget": {"evaluations": 4}}), out)
+    run(experiment_with(**{"workers.backend": backend, "search.budget": {"evaluations": 4}}), out)
     for form in ("hf", "mergekit"):
         assert main(["export", str(out), "--format", form, "--to", str(tmp_path / form)]) == 0
     assert main(["status", str(out)]) == 0
