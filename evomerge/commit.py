@@ -8,15 +8,15 @@ evaluation; the file is emptied whenever nothing waits in it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from evomerge.errors import RunError
-from evomerge.journal import Event, Journal, Lines, read_sealed, scores_from_json, scores_to_json, seal
+from evomerge.errors import RunError, UserError
+from evomerge.journal import Event, Journal, Lines, read_sealed, scores_from_json, scores_to_json, seal, whole
 from evomerge.proposal import Evaluation, ItemSet, Job, Scores, WorkUnit
 from evomerge.recipe import Recipe
 from evomerge.rundir import FINISHED, RunDirectory
@@ -65,9 +65,18 @@ class Committer:
     """Holds the journal, the executor and the cache of one run."""
 
     def __init__(
-        self, journal: Journal, executor: Executor, rundir: RunDirectory, interrupted: Callable[[], bool]
+        self,
+        journal: Journal,
+        executor: Executor,
+        rundir: RunDirectory,
+        interrupted: Callable[[], bool],
+        metrics: Mapping[str, Collection[str]] | None = None,
     ) -> None:
-        """`interrupted` is looked at while results are awaited, never in the middle of a commit."""
+        """`interrupted` is looked at while results are awaited, never in the middle of a commit.
+
+        `metrics` are those that each task's results must have to be taken from a file.
+        """
+        self._metrics = metrics or {}
         self._journal = journal
         self._executor = executor
         self._rundir = rundir
@@ -89,6 +98,8 @@ class Committer:
             key = (recipe.id, items.id)
             if self._journal.will_tell(proposal, items.id):
                 self._promised.add(key)  # a copy further on shares its result, as it would have without the cut
+            if key in self._finished.waiting and not self._fits(self._finished.waiting[key], items):
+                self._finished.take(key)
             if key in self._promised or key in self._running or key in self._finished.waiting:
                 continue
             if self._cache.get(*key[:1], items) is None:
@@ -148,12 +159,21 @@ class Committer:
 
     def _replayed(self, proposal: int, items: ItemSet) -> Evaluation:
         event = self._journal.take("told")
-        if event["id"] != proposal or event["items"] != items.id:
+        if event.get("id") != proposal or event.get("items") != items.id:
             raise RunError(
-                f"{self._journal.path} event {event['seq']}: the journal has results of candidate {event['id']} "
+                f"{self._journal.path} event {event['seq']}: the journal has results of candidate {event.get('id')} "
                 f"where the replay has {proposal}; was it written by another version?"
             )
-        return _from_json(event)
+        try:
+            e = _from_json(event)
+        except (KeyError, TypeError, ValueError, AttributeError):
+            e = None
+        if e is None or not self._fits(e, items):
+            raise UserError(f"{self._journal.path} event {event['seq']}: holds no result on these items")
+        return e
+
+    def _fits(self, e: Evaluation, items: ItemSet) -> bool:
+        return whole(e.status, e.scores, {t: len(at) for t, at in items.tasks.items()}, self._metrics)
 
 
 class _Finished:
@@ -187,4 +207,4 @@ def _to_json(e: Evaluation) -> Event:
 
 
 def _from_json(event: Event) -> Evaluation:
-    return Evaluation(event["status"], scores_from_json(event["scores"]), event["reason"])
+    return Evaluation(str(event["status"]), scores_from_json(event["scores"]), str(event["reason"]))

@@ -162,7 +162,7 @@ class Export(_Part):
 class Experiment(_Part):
     """One experiment file, as resolved: library entries inlined, paths absolute."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
+    name: str = Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]*$")
     description: str = ""
     models: Models
     search_space: str | StagedSpec | SpaceSpec

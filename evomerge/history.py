@@ -14,10 +14,10 @@ import numpy as np
 from evomerge.canonical import decode_array
 from evomerge.config import Experiment, load
 from evomerge.errors import UserError
-from evomerge.journal import Event, read, scores_from_json
+from evomerge.journal import Event, read, scores_from_json, whole
 from evomerge.manifest import Manifest
 from evomerge.objective import Objective
-from evomerge.prepare import bind_spaces, fitness_of
+from evomerge.prepare import bind_spaces, fitness_of, needed_metrics
 from evomerge.proposal import Evaluation, Scores, frozen_genome
 from evomerge.recipe import Recipe
 from evomerge.rundir import EXPERIMENT, JOURNAL
@@ -74,7 +74,7 @@ class History:
             raise UserError(f"{path / JOURNAL}: holds no run yet; start it again with the same command")
         try:
             return cls._decoded(path, experiment, events)
-        except (KeyError, TypeError, ValueError) as e:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
             if isinstance(e, UserError):
                 raise
             raise UserError(f"{path / JOURNAL}: an event lacks what it should hold ({e!r})") from None
@@ -84,12 +84,13 @@ class History:
         names: dict[str, str] = {}
         item_ids: dict[str, Any] = {}
         entries: dict[int, Entry] = {}
+        metrics = needed_metrics(experiment)
         final = None
         looks = cached = 0
         for e in events:
             if e["kind"] == "items":
                 names[e["id"]] = e["name"]
-                item_ids[e["name"]] = e["ids"]
+                item_ids[e["name"]] = {str(t): [str(i) for i in ids] for t, ids in e["ids"].items()}
             elif e["kind"] == "asked":
                 entries[e["id"]] = Entry(
                     e["id"],
@@ -102,11 +103,14 @@ class History:
                     e.get("recipe"),
                 )
             elif e["kind"] == "told":
-                result = Evaluation(e["status"], scores_from_json(e["scores"]), e["reason"])
+                result = Evaluation(str(e["status"]), scores_from_json(e["scores"]), str(e["reason"]))
+                counts = {t: len(ids) for t, ids in item_ids[names[e["items"]]].items()}
+                if not whole(result.status, result.scores, counts, metrics):
+                    raise ValueError(f"candidate {e['id']} has no result on these items")
                 entries[e["id"]].results[names[e["items"]]] = result
                 cached += bool(e.get("cached")) and names[e["items"]] == "search"
             elif e["kind"] == "final":
-                final = e
+                final = {**e, "winner": entries[e["winner"]].id, "finalists": [entries[i].id for i in e["finalists"]]}
                 looks += 1
         manifest = Manifest.from_json(events[0]["manifest"])
         stopped = events[-1]["kind"] == "stop"
@@ -126,8 +130,11 @@ class History:
         if entry.recipe_json is not None:
             recipe = validated(Recipe, entry.recipe_json, f"candidate {candidate}").canonical(self.manifest)
         else:
-            genome = frozen_genome(decode_array(entry.genome))
-            recipe = self._spaces[entry.stage].decode(genome, self.manifest)
+            try:
+                genome = frozen_genome(decode_array(entry.genome))
+                recipe = self._spaces[entry.stage].decode(genome, self.manifest)
+            except (ValueError, TypeError, IndexError) as e:
+                raise UserError(f"{self.path}: candidate {candidate} has no genome of its space ({_line(e)})") from None
         if recipe.id != entry.recipe_id:
             raise UserError(f"{self.path}: candidate {candidate} decodes to another recipe than the journal names")
         return recipe
@@ -214,3 +221,7 @@ def load_resolved(path: Path, overrides: Mapping[str, Any] | None = None) -> Exp
     if not file.is_file():
         raise UserError(f"{path}: is no run directory (no {EXPERIMENT}); expected what `evomerge run` wrote")
     return load(file, overrides)
+
+
+def _line(e: Exception) -> str:
+    return " ".join(str(e).split())

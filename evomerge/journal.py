@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ def _unseal(line: bytes, seq: int) -> Event:
     if not isinstance(event.get("kind"), str):
         raise ValueError("not an event")
     if event.get("v") != VERSION:
-        raise ValueError(f"journal format {event.get('v')!r}; this version reads format {VERSION}")
+        raise UserError(f"journal format {event.get('v')!r}; this version reads format {VERSION}")
     if event.get("seq") != seq:
         raise ValueError(f"event {event.get('seq')!r} where {seq} was expected")
     return event
@@ -89,13 +89,15 @@ def read(path: Path) -> tuple[list[Event], int]:
         with path.open("rb") as f:
             while line := f.readline(MAX_LINE + 1):
                 try:
-                    if not line.endswith(b"\n"):
+                    if not line.endswith(b"\n") and len(line) <= MAX_LINE:
                         raise ValueError("torn")
                     events.append(_unseal(line, len(events)))
                 except (ValueError, RecursionError) as e:
                     if not line.endswith(b"\n") and f.read(1) == b"":
                         return events, good  # the write that a crash cut short; its newline goes last
                     reason = str(e).splitlines()[0]
+                    if isinstance(e, UserError):
+                        raise UserError(f"{path}: {reason}") from None
                     raise UserError(
                         f"{path} line {len(events) + 1}: damaged ({reason}); restore the file from a copy"
                     ) from None
@@ -168,7 +170,8 @@ class Journal:
         size = 0
         if path.exists():
             self.events, size = read(path)
-        self._told = {(e.get("id"), e.get("items")) for e in self.events if e["kind"] == "told"}
+        told = [(e.get("id"), e.get("items")) for e in self.events if e["kind"] == "told"]
+        self._told = {(i, items) for i, items in told if isinstance(i, int) and isinstance(items, str)}
         self._lines = Lines(path, size)
 
     def __enter__(self) -> Journal:
@@ -224,7 +227,10 @@ class Journal:
         differing = sorted(k for k in {*recorded, *event} if recorded.get(k) != event.get(k))
         drift = 0.0
         if "genome" in recorded and "genome" in event and recorded["genome"] != event["genome"]:
-            a, b = decode_array(recorded["genome"]), decode_array(event["genome"])
+            try:
+                a, b = decode_array(recorded["genome"]), decode_array(event["genome"])
+            except ValueError as e:
+                raise UserError(f"{self.path} event {event['seq']}: its genome cannot be read ({e})") from None
             drift = float(np.max(np.abs(a - b))) if a.shape == b.shape else np.inf
             # The recipe's id follows from the genome, so it may differ with it.
             differing = [k for k in differing if k not in ("genome", "recipe_id")]
@@ -233,7 +239,7 @@ class Journal:
                 f"{self.path} event {event['seq']} ({event['kind']}): the replay differs in {', '.join(differing)}; "
                 "the experiment or its inputs changed since"
             )
-        if drift > TOLERANCE and not self._accept_drift:
+        if not drift <= TOLERANCE and not self._accept_drift:
             raise RunError(
                 f"{self.path} event {event['seq']}: the asked genome differs from the journalled one by {drift:.2e} "
                 f"(more than {TOLERANCE:g}); resume on the software that wrote it, or pass --accept-drift"
@@ -257,3 +263,13 @@ def scores_from_json(data: Any) -> dict[str, dict[str, Any]] | None:
     if data is None:
         return None
     return {t: {m: decode_array(a) for m, a in ms.items()} for t, ms in data.items()}
+
+
+def whole(status: str, scores: Any, counts: Mapping[str, int], metrics: Mapping[str, Collection[str]]) -> bool:
+    """Whether a result from a file has one score per item of every task and metric, or none at all where it failed."""
+    if scores is None or status != "ok":
+        return scores is None and status.startswith("failed:")
+    return all(
+        scores.get(t) and {*metrics.get(t, ())} <= {*scores[t]} and all(c.shape == (n,) for c in scores[t].values())
+        for t, n in counts.items()
+    )

@@ -33,7 +33,8 @@ def located(folder: Path, name: str) -> Path:
         path.exists()  # complains of names that are too long
         return path
     except (ValueError, OSError, RuntimeError) as e:
-        raise UserError(f"{name!r} is no path ({e})") from None
+        reason = getattr(e, "strerror", None) or e
+        raise UserError(f"{name[:80]!r}: names no file ({reason})") from None
 
 
 def find(kind: str, name: str, near: Path) -> Path:

@@ -240,3 +240,8 @@ def fitness_of(experiment: Experiment) -> FitnessSpec:
     """The resolved fitness."""
     assert isinstance(experiment.fitness, FitnessSpec)
     return experiment.fitness
+
+
+def needed_metrics(experiment: Experiment) -> dict[str, tuple[str, str]]:
+    """task -> the metrics that the search and the tables read."""
+    return {t.name: (t.metric, t.report_metric) for t in experiment.tasks}

@@ -21,10 +21,11 @@ from evomerge.config import Budget, Experiment
 from evomerge.errors import RunError, UserError
 from evomerge.history import History
 from evomerge.journal import Journal
-from evomerge.prepare import Prepared, make_executor, prepare
+from evomerge.prepare import Prepared, make_executor, needed_metrics, prepare
 from evomerge.progress import Progress, Silent
 from evomerge.proposal import Evaluation, Genome, Proposal
 from evomerge.rundir import JOURNAL, Before, RunDirectory, before
+from evomerge.schema import validated
 from evomerge.score.plan import PlanShape
 from evomerge.search import make_optimizer
 from evomerge.search.base import Start
@@ -45,7 +46,11 @@ def run(
     written; RunError where nothing could be scored; Interrupted soon after `interrupted()` turns true.
     """
     earlier = before(out)
-    prepared = prepare(experiment, PlanShape(**earlier.facts["plan_shape"]) if earlier else None)
+    try:
+        shape = PlanShape(**earlier.facts["plan_shape"]) if earlier else None
+    except TypeError:
+        raise UserError(f"{out / JOURNAL}: has no batch shape of this version") from None
+    prepared = prepare(experiment, shape)
     search(prepared, out, progress or Silent(), accept_drift=accept_drift, interrupted=interrupted)
     return History.read(out)
 
@@ -64,7 +69,7 @@ def search(
         RunDirectory(out) as rundir,
         Journal(out / JOURNAL, accept_drift=accept_drift, on_drift=rundir.drift) as journal,
         closing(make_executor(prepared.evaluator(), experiment.workers, prepared.device)) as executor,
-        closing(Committer(journal, executor, rundir, interrupted)) as committer,
+        closing(Committer(journal, executor, rundir, interrupted, needed_metrics(experiment))) as committer,
     ):
         # The journal's file comes first: a folder that has one, even an empty one, is ours to go on with.
         if earlier is None or extensions:
@@ -244,7 +249,7 @@ def run_facts(
     first = earlier.facts
     if first["experiment_id"] != facts["experiment_id"]:
         raise UserError(f"{out}: holds another experiment; choose another folder with --out, or remove this one")
-    budgets = [Budget.model_validate(b) for b in earlier.budgets]
+    budgets = [validated(Budget, b, f"{out / JOURNAL}: budget") for b in earlier.budgets]
     if budget != budgets[-1]:
         if not budget.exceeds(budgets[-1]):
             raise UserError(f"{out}: its budget is {earlier.budgets[-1]}; it can only be raised, not {facts['budget']}")

@@ -18,6 +18,7 @@ JOURNAL = "journal.jsonl"
 TELEMETRY = "telemetry.jsonl"
 FINISHED = "finished.jsonl"
 EXPERIMENT = "experiment.yaml"
+TEMPORARY = "experiment.tmp"
 LOCK = ".lock"
 
 
@@ -29,6 +30,9 @@ class RunDirectory:
         self.path = path
         if path.exists() and not path.is_dir():
             raise UserError(f"{path}: is a file; choose a folder with --out")
+        for name in (JOURNAL, TELEMETRY, FINISHED, EXPERIMENT, TEMPORARY, LOCK, "exports"):
+            if (path / name).is_symlink():
+                raise UserError(f"{path / name}: is a link; a run directory may not write outside itself")
         self.resumed = (path / JOURNAL).exists()
         if path.is_dir() and not self.resumed and any(p.name != LOCK for p in path.iterdir()):
             raise UserError(f"{path}: is not empty and no run directory; choose another folder with --out")
@@ -64,7 +68,7 @@ class RunDirectory:
     def write_experiment(self, text: str) -> None:
         """Write the resolved experiment once, whole or not at all."""
         target = self.path / EXPERIMENT
-        temporary = target.with_suffix(".tmp")
+        temporary = self.path / TEMPORARY
         try:
             with temporary.open("w", encoding="utf-8") as f:
                 f.write(text)
@@ -106,7 +110,13 @@ def before(path: Path) -> Before | None:
     events, _ = read(path / JOURNAL)
     if not events:
         return None
-    budgets = [e["budget"] for e in events if e["kind"] in ("run", "extended")]
+    try:
+        facts = {k: events[0][k] for k in ("experiment_id", "plan_shape", "numerics", "budget")}
+        budgets = [e["budget"] for e in events if e["kind"] in ("run", "extended")]
+        if events[0]["kind"] != "run" or not all(isinstance(x, dict) for x in (*budgets, *[*facts.values()][1:])):
+            raise TypeError
+    except (KeyError, TypeError):
+        raise UserError(f"{path / JOURNAL}: does not begin like the journal of a run") from None
     return Before(events[0], tuple(budgets), events[-1]["kind"] == "stop")
 
 
@@ -117,13 +127,22 @@ def read_telemetry(path: Path) -> list[dict[str, Any]]:
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 data = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
-            if isinstance(data, dict):
+            if isinstance(data, dict) and _is_telemetry(data):
                 out.append(data)
     return out
 
 
+def _is_telemetry(data: dict[str, Any]) -> bool:
+    numbers = ["run_seconds"]
+    if "proposal" in data:
+        numbers += ["build_seconds", "score_seconds", "peak_mb", "attempts"]
+        if not isinstance(data.get("worker"), str) or not isinstance(data.get("device"), str):
+            return False
+    return all(isinstance(data.get(n), int | float) for n in numbers)
+
+
 def _seconds_before(path: Path) -> float:
-    seconds = [line.get("run_seconds") for line in read_telemetry(path)[-1:]]
-    return float(seconds[0]) if seconds and isinstance(seconds[0], int | float) else 0.0
+    lines = read_telemetry(path)
+    return float(lines[-1]["run_seconds"]) if lines else 0.0

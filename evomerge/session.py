@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from evomerge.canonical import decode_array, encode_array
 from evomerge.commit import Committer
+from evomerge.errors import UserError
 from evomerge.journal import Journal
 from evomerge.objective import FAILED, Objective
 from evomerge.prepare import Prepared, fitness_of
@@ -69,9 +70,12 @@ class Session:
         )
         if "genome" in event and event["genome"] != body["genome"]:
             assert space is not None
-            p = replace(p, genome=frozen_genome(decode_array(event["genome"])))
-            assert p.genome is not None
-            recipe = space.decode(p.genome, manifest)
+            try:
+                p = replace(p, genome=frozen_genome(decode_array(event["genome"])))
+                assert p.genome is not None
+                recipe = space.decode(p.genome, manifest)
+            except ValueError:
+                raise UserError(f"{self.journal.path} event {event['seq']}: no genome of this space") from None
         return Candidate(p, recipe, role)
 
     def submit(self, group: Sequence[Candidate], items: ItemSet, *, together: bool = False) -> None:

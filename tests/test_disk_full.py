@@ -128,7 +128,7 @@ def mounted(tmp_path: Path) -> Iterator[Mount]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("kilobytes", "count"), [(8, 1), (72, 1), (132, 2), (256, 2), (1024, 2)])
+@pytest.mark.parametrize(("kilobytes", "count"), [(8, 1), (72, 1), (132, 2), (104, 2), (1024, 2)])
 def test_a_full_file_system(
     kilobytes: int, count: int, mounted: Mount, small_experiment: Path, experiment_with: With, tmp_path: Path
 ) -> None:

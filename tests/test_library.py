@@ -68,5 +68,5 @@ def test_nearest_names() -> None:
 @pytest.mark.parametrize("name", ["a\0b", "x" * 5000])
 def test_what_is_no_path_is_one_line(name: str, tmp_path: Path) -> None:
     """A name that no file can have is bad input, not a crash."""
-    with pytest.raises(UserError, match="is no path"):
+    with pytest.raises(UserError, match="names no file"):
         located(tmp_path, name)

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +14,8 @@ from evomerge.errors import UserError
 from evomerge.journal import Journal
 from evomerge.proposal import Telemetry
 from evomerge.rundir import EXPERIMENT, JOURNAL, TELEMETRY, RunDirectory, before, read_telemetry
+
+FACTS: dict[str, Any] = {"experiment_id": "e", "plan_shape": {}, "numerics": {}, "budget": {}}
 
 HOLD = """
 import fcntl, sys
@@ -64,7 +67,7 @@ def test_a_journal_makes_it_a_run(tmp_path: Path) -> None:
     with RunDirectory(path) as first:
         assert not first.resumed
         with Journal(path / JOURNAL) as j:
-            j.record("run", experiment_id="e", budget={})
+            j.record("run", **FACTS)
 
     with RunDirectory(path) as second:
         assert second.resumed
@@ -76,7 +79,7 @@ def test_a_journal_makes_it_a_run(tmp_path: Path) -> None:
 def test_before_tells_budgets_and_end(tmp_path: Path) -> None:
     """An existing journal says by which budgets it was run, and whether it came to its end."""
     with Journal(tmp_path / JOURNAL) as j:
-        j.record("run", budget={"evaluations": 3})
+        j.record("run", **{**FACTS, "budget": {"evaluations": 3}})
         j.record("stop", reason="budget")
         j.record("extended", budget={"evaluations": 5})
 

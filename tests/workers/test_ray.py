@@ -375,6 +375,9 @@ def test_two_hosts(experiment_with: With, tmp_path: Path, slow_scores: Callable[
     """Two raylets of one cluster, given by address: the same journal, with an actor on each of them."""
     from ray.cluster_utils import Cluster
 
+    slow_scores(0.0)
+    run(experiment_with(), tmp_path / "inline")
+    slow_scores(0.5)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False, "num_gpus": 1})
     try:
         cluster.add_node(num_cpus=2, num_gpus=1)
