@@ -103,7 +103,8 @@ class Manifest:
         tensors = tuple(
             TensorInfo(str(n), tuple(int(d) for d in s), str(t), str(b), int(o)) for n, s, t, b, o in data["tensors"]
         )
-        return cls(str(data["base"]), dict(data["layers"]), tensors, dict(data["hashes"]))
+        layers = {str(n): int(count) for n, count in data["layers"].items()}
+        return cls(str(data["base"]), layers, tensors, {str(n): str(h) for n, h in data["hashes"].items()})
 
 
 ALIGN = 64

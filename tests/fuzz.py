@@ -247,7 +247,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         fuzz = Fuzz(Path(folder))
         kinds: list[tuple[Callable[[random.Random], None], int]] = [
-            (fuzz.recipe, 40), (fuzz.experiment, 40), (fuzz.journal_reader, 16), (fuzz.run_directory, 4),
+            (fuzz.recipe, 40), (fuzz.experiment, 40), (fuzz.journal_reader, 12), (fuzz.run_directory, 8),
         ]  # fmt: skip
         for n in range(args.iterations):
             rng = random.Random(f"{args.seed} {n}")

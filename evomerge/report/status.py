@@ -67,7 +67,7 @@ def _left(h: History, scored: int, lines: list[dict[str, Any]]) -> float | None:
     budget = h.experiment.search.budget
     if budget.minutes is not None:
         return max(0.0, budget.minutes * 60 - float(gone))
-    per_candidate = sum(len(ids) for ids in h.item_ids["search"].values())
+    per_candidate = sum(len(ids) for ids in h.item_ids.get("search", {}).values())
     total = budget.evaluations or (budget.item_evaluations or 0) // max(per_candidate, 1)
     return max(0.0, gone / scored * (total - scored))
 
