@@ -111,3 +111,15 @@ def test_new_file_leaves_nothing_on_failure(tmp_path: Path) -> None:
         new_file(tmp_path / "a.yaml", "\ud800")
 
     assert os.listdir(tmp_path) == []
+
+
+def test_leftovers_of_killed_exports_go(tmp_path: Path) -> None:
+    """The hidden folder of a process that is gone is removed by the next export there; others' are left alone."""
+    gone = 2**22 + 7  # above the largest process id of Linux
+    for name in (f".out.{gone}.tmp", f".out.{os.getppid()}.tmp", f".other.{gone}.tmp"):
+        (tmp_path / name).mkdir()
+
+    with new_folder(tmp_path / "out"):
+        pass
+
+    assert sorted(os.listdir(tmp_path)) == sorted(["out", f".out.{os.getppid()}.tmp", f".other.{gone}.tmp"])
