@@ -115,6 +115,8 @@ class Results:
     comparisons: list[Comparison]
     winner: int | None
     optimism: dict[str, float]
+    cached: int
+    looks: int
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON data."""
@@ -123,6 +125,8 @@ class Results:
             "comparisons": [asdict(c) for c in self.comparisons],
             "winner": self.winner,
             "optimism": self.optimism,
+            "cached": self.cached,
+            "looks": self.looks,
         }
 
 
@@ -147,7 +151,7 @@ def results(history: History, split: str = "report") -> Results:
             if (scores := winner.scores(s)) is not None:
                 columns = [scores[t.name][t.report_metric] for t in history.experiment.tasks]
                 optimism[s] = mean_over_tasks(columns)[0]
-    return Results(table, comparisons, history.winner_id, optimism)
+    return Results(table, comparisons, history.winner_id, optimism, history.cached, history.looks)
 
 
 def _cells(history: History, model: str, scores: Scores, split: str) -> list[Score]:
@@ -204,6 +208,10 @@ def text_table(history: History, split: str = "report") -> str:
             f"winner is candidate {r.winner}: mean {o['search']:.3f} on search, {o['select']:.3f} on select, "
             f"{o['report']:.3f} on report (optimism {o['search'] - o['report']:+.3f})",
         ]
+    if r.looks > 1:
+        lines.append(f"the report split was looked at {r.looks} times, once for each budget")
+    if r.cached:
+        lines.append(f"{r.cached} candidates were answered from earlier scores")
     return "\n".join(lines)
 
 
