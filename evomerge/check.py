@@ -59,7 +59,21 @@ def check(experiment: Experiment) -> Check:
         experts=prepared.manifest.experts,
         dtype=prepared.dtype,
         device=prepared.device,
-        stages=tuple({"method": s.spec.method, "groups": len(s.groups), "axes": len(s.axes)} for s in prepared.spaces),
+        stages=tuple(
+            {
+                "method": s.spec.method,
+                "groups": len(s.groups),
+                "axes": len(s.axes),
+                "names": [a.name for a in s.axes],
+                "bounds": {c: [x.low, x.high] for c, x in s.spec.axes.items()},
+                "fixed": {
+                    c: s.spec.params.get(c, k.default)
+                    for c, k in METHODS[s.spec.method].coefficients.items()
+                    if c not in s.spec.axes
+                },
+            }
+            for s in prepared.spaces
+        ),
         items={s: {t: len(p) for t, p in i.tasks.items()} for s, i in items.items()},
         tokens_per_candidate=tokens,
         flop_per_candidate=flop,
@@ -102,6 +116,11 @@ def text(c: Check) -> str:
     ]
     for n, s in enumerate(c.stages, 1):
         lines.append(f"stage {n}  {s['axes']} axes, {s['method']} over {s['groups']} groups of blocks")
+        searched = ", ".join(f"{c} in [{low:g}, {high:g}]" for c, (low, high) in s["bounds"].items())
+        fixed = ", ".join(f"{c} {v:g}" for c, v in s["fixed"].items())
+        lines.append(f"         searched: {searched}" + (f"; fixed: {fixed}" if fixed else ""))
+        names = s["names"]
+        lines.append(f"         {', '.join(names[:4])}" + (f", ... {names[-1]}" if len(names) > 5 else ""))
     for split, tasks in c.items.items():
         lines.append(f"{split:<8} {sum(tasks.values())} items: " + ", ".join(f"{t} {n}" for t, n in tasks.items()))
     lines.append(

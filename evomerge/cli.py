@@ -128,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
 
     p = with_json(command("score", _score, "score one model folder or recipe"))
     p.add_argument("model", type=Path, help="a model folder or a recipe.yaml")
-    p.add_argument("fitness", help="a fitness file, or the name of a library entry")
+    p.add_argument("fitness", help="a fitness or experiment file, or the name of a library entry")
     p.add_argument("--split", action="append", choices=("search", "select", "report"), help="default: all three")
     p.add_argument("--device", default="auto")
 
@@ -328,16 +328,19 @@ def _merge(args: argparse.Namespace) -> int:
 
 
 def _score(args: argparse.Namespace) -> int:
-    from evomerge.config import resolve_fitness
+    from evomerge.config import is_experiment, load, resolve_fitness
     from evomerge.evaluate import pick_device
     from evomerge.export.verify import is_recipe, open_recipe_pool, recipe_paths
-    from evomerge.prepare import check_device
+    from evomerge.prepare import check_device, fitness_of
     from evomerge.recipe import Recipe
     from evomerge.report.results import interval
     from evomerge.score.tasks import SPLITS
     from evomerge.standalone import score_folder, score_recipe
 
-    fitness = resolve_fitness(args.fitness, Path.cwd())
+    if args.fitness.endswith((".yaml", ".yml")) and is_experiment(Path(args.fitness)):
+        fitness = fitness_of(load(args.fitness))
+    else:
+        fitness = resolve_fitness(args.fitness, Path.cwd())
     device = pick_device(args.device)
     check_device(device)
     splits = tuple(args.split or SPLITS)

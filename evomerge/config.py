@@ -322,6 +322,14 @@ def _read_space(name: str, folder: Path) -> tuple[StagedSpec | SpaceSpec, Path]:
     return validated(SpaceSpec, data, str(path)), path.parent
 
 
+def is_experiment(path: Path) -> bool:
+    """True for a YAML file that has a fitness among its keys, as experiments do."""
+    if not path.is_file():
+        return False
+    data = load_yaml(path)
+    return isinstance(data, dict) and "fitness" in data
+
+
 def resolve_fitness(spec: str | FitnessSpec, folder: Path) -> FitnessSpec:
     """A library name or path to a spec with absolute data files. Raises UserError."""
     if isinstance(spec, str):

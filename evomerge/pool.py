@@ -46,6 +46,8 @@ class Checkpoint:
         self.path = path
         if not path.is_dir():
             raise UserError(f"{path}: no such model folder; expected one with config.json and *.safetensors")
+        if not (path / "config.json").is_file():
+            raise UserError(f"{path}: has no config.json; expected a model folder with config.json and *.safetensors")
         self.config: dict[str, Any] = _read_json(path / "config.json")
         self.model_type = str(self.config.get("model_type"))
         if self.model_type not in ARCHITECTURES:

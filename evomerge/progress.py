@@ -112,7 +112,8 @@ class Terminal:
         if loss < self._best and e.scores is not None:
             self._best = loss
             means = {t: float(e.scores[t][m].mean()) for t, m in self._report_metrics.items()}
-            parts = " ".join(f"{t} {x:.2f}" for t, x in means.items())
+            names = "/".join(dict.fromkeys(self._report_metrics.values()))
+            parts = f"{names}: " + " ".join(f"{t} {x:.2f}" for t, x in means.items())
             self._best_text = f"#{proposal} loss {loss:.4f} ({parts})"
         self._draw()
 

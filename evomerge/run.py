@@ -63,7 +63,6 @@ def search(
     facts, extensions = run_facts(prepared, earlier, out, progress)
     budget = Budget.model_validate(facts["budget"])
     allowance = Allowance.of(budget, prepared.stages, prepared.items["search"].count)
-    progress.begin(prepared, allowance.extended(extensions[-1]) if extensions else allowance)
 
     with (
         RunDirectory(out) as rundir,
@@ -71,6 +70,7 @@ def search(
         closing(make_executor(prepared.evaluator(), experiment.workers, prepared.device)) as executor,
         closing(Committer(journal, executor, rundir, interrupted, needed_metrics(experiment))) as committer,
     ):
+        progress.begin(prepared, allowance.extended(extensions[-1]) if extensions else allowance)
         # The journal's file comes first: a folder that has one, even an empty one, is ours to go on with.
         if earlier is None or extensions:
             rundir.write_experiment(experiment.to_yaml())

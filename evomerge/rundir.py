@@ -45,9 +45,7 @@ class RunDirectory:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._lock.close()
-            raise UserError(
-                f"{path}: another evomerge process is running here; stop it or choose another --out"
-            ) from None
+            raise UserError(f"{path}: another evomerge process is running here; stop it first") from None
         self._telemetry: Lines | None = None
         self._before = _seconds_before(path / TELEMETRY)
         self._start = time.monotonic()

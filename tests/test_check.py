@@ -22,7 +22,10 @@ def test_counts_are_those_of_the_run(experiment_with: Callable[..., Any]) -> Non
     assert c.parameters == p.manifest.parameters
     assert c.items == {s: {"sums": n, "words": n} for s, n in (("search", 12), ("select", 6), ("report", 8))}
     assert c.candidates == 12
-    assert c.stages == ({"method": "task_arithmetic", "groups": 1, "axes": 2},)
+    (stage,) = c.stages
+    assert (stage["method"], stage["groups"], stage["axes"]) == ("task_arithmetic", 1, 2)
+    assert stage["names"] == [a.name for a in p.spaces[0].axes]
+    assert stage["fixed"] == {"lambda": 1.0}
     assert c.experiment_id == p.experiment_id
     plan = p.plans["words"]
     words = len(plan.prefix) + sum(len(plan.trees[i].tokens) for i in plan.splits["search"])
@@ -57,8 +60,10 @@ def test_text_names_what_people_look_for(experiment_with: Callable[..., Any], ti
     lines = text(check(experiment_with(**{"models.experts.one": str(expert)}))).splitlines()
 
     assert [line.split()[0] for line in lines[:3]] == ["small:", "models", "stage"]
-    assert "26 items" not in lines[3]
-    assert "24 items: sums 12, words 12" in lines[3]
+    assert lines[3].strip().startswith("searched: weight in [")
+    assert "fixed: lambda 1" in lines[3]
+    assert "one.all.weight, two.all.weight" in lines[4]
+    assert "24 items: sums 12, words 12" in lines[5]
     assert any(line.startswith("note     expert 'one': no tokenizer files") for line in lines)
 
 

@@ -457,3 +457,10 @@ def test_a_closed_pipe_is_no_traceback(finished_run: Path) -> None:
     result = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
 
     assert result.stderr == ""
+
+
+def test_score_takes_the_fitness_of_an_experiment(small_experiment: Path, tiny_model: Any, capsys: Capsys) -> None:
+    """Where the fitness stands inline in an experiment file, that file will do."""
+    scores = data(capsys, "score", tiny_model("llama", 0), small_experiment, "--split", "select")["scores"]
+
+    assert {row["task"] for row in scores} == {"sums", "words"}

@@ -232,7 +232,7 @@ def test_damaged_shards(tiny_model: Any, tmp_path: Path, damage: Callable[[Path]
 @pytest.mark.parametrize(
     ("text", "fragment"),
     [
-        (None, "config.json: cannot be read (No such file or directory)"),
+        (None, "has no config.json; expected a model folder"),
         ("{", "config.json: is not JSON"),
         ("[1]", "config.json: expected a JSON object"),
         ("\x80", "config.json: is not JSON"),

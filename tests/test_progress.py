@@ -82,7 +82,7 @@ def test_lines_have_best_counts_and_time_left(clock: Any) -> None:
     last = out.getvalue().splitlines()[-1]
     assert "5/8 candidates" in last
     assert "50 items" in last
-    assert "best #1 loss -0.7500 (t 0.75)" in last
+    assert "best #1 loss -0.7500 (accuracy: t 0.75)" in last
     assert "1 failed" in last
     assert "0:50 gone, 0:30 left" in last
 

@@ -36,6 +36,8 @@ def compare(a: History, b: History, split: str) -> dict[str, Any]:
 
 
 def _flat(data: Any, path: str = "") -> dict[str, Any]:
+    if path == "search.warm_start":
+        return {path: f"{len(data)} recipes"}
     if isinstance(data, dict):
         return {k: v for key, inner in data.items() for k, v in _flat(inner, f"{path}.{key}" if path else key).items()}
     if isinstance(data, list):

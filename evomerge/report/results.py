@@ -208,11 +208,30 @@ def text_table(history: History, split: str = "report") -> str:
             f"winner is candidate {r.winner}: mean {o['search']:.3f} on search, {o['select']:.3f} on select, "
             f"{o['report']:.3f} on report (optimism {o['search'] - o['report']:+.3f})",
         ]
+    lines += _warnings(history, r)
     if r.looks > 1:
         lines.append(f"the report split was looked at {r.looks} times, once for each budget")
     if r.cached:
         lines.append(f"{r.cached} candidates were answered from earlier scores")
     return "\n".join(lines)
+
+
+def _warnings(history: History, r: Results) -> list[str]:
+    """What a reader should not overlook: a winner that was there before, or that another model beats here."""
+    if r.winner is None:
+        return []
+    winner = history.entry(r.winner)
+    if winner.role == "baseline":
+        return [f"the search found nothing better than {winner.name!r}, which was there before"]
+    mean = {s.model: s.score for s in r.table if s.task == MEAN}
+    better = [m for m in mean if m != "winner" and mean[m] > mean.get("winner", math.inf)]
+    if not better:
+        return []
+    best = max(better, key=lambda m: mean[m])
+    return [
+        f"{best!r} has a higher mean {_metric(history)} ({mean[best]:.3f}) than the winner: the search was too short, "
+        "or its objective (the fitness's metrics, weights and floor) wants something else"
+    ]
 
 
 def _p_text(p: float) -> str:

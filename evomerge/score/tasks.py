@@ -178,7 +178,10 @@ def _item(spec: TaskSpec, line: str, where: str, place: str) -> tuple[Item, str]
         raise bad("holds half of a surrogate pair, which is no text") from None
     if not isinstance(data, dict):
         raise bad(f"expected a JSON object, got {type(data).__name__}")
-    choices, gold = data.get(spec.choices), data.get(spec.gold)
+    for field in (spec.choices, spec.gold):
+        if field not in data:
+            raise bad(f"the field {field!r} is missing{nearest(field, map(str, data))}")
+    choices, gold = data[spec.choices], data[spec.gold]
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
         raise bad(f"{spec.choices!r} should be a list of two or more texts, got {choices!r}"[:200])
     if isinstance(gold, bool) or not isinstance(gold, int) or not 0 <= gold < len(choices):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from evomerge.report.results import difference, interval, mean_over_tasks
+from evomerge.history import History
+from evomerge.report.results import difference, interval, mean_over_tasks, text_table
 
 Column = np.ndarray[Any, Any]
 
@@ -189,3 +192,15 @@ def test_mean_over_a_single_item_is_unbounded() -> None:
     mean, low, high, p = mean_over_tasks([np.array([1.0]), np.array([0.0, 1.0])])
 
     assert (mean, low, high, p) == (0.75, -math.inf, math.inf, 1.0)
+
+
+def test_a_winner_that_was_there_before_is_pointed_out(finished_run: Path) -> None:
+    """The table says so in words where the winner is a baseline, or where another model has the higher mean."""
+    history = History.read(finished_run)
+    assert history.final is not None
+    baseline = history.baselines["one"]
+
+    as_winner = replace(history, final={**history.final, "winner": baseline.id})
+
+    assert "the search found nothing better than 'one', which was there before" in text_table(as_winner)
+    assert "which was there before" not in text_table(history)
