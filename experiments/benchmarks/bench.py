@@ -29,7 +29,7 @@ import numpy as np
 import psutil
 import torch
 
-from evomerge.config import Experiment
+from evomerge.config import Experiment, load
 from evomerge.manifest import Manifest, lay_out
 from evomerge.merge.bank import Bank
 from evomerge.merge.builder import Builder
@@ -38,7 +38,8 @@ from evomerge.pool import TORCH_DTYPES, ModelPool
 from evomerge.prepare import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS, Prepared
 from evomerge.progress import Silent
 from evomerge.recipe import Recipe
-from evomerge.run import search
+from evomerge.run import run, search
+from evomerge.rundir import read_telemetry
 from evomerge.score.multiple_choice import MultipleChoice
 from evomerge.score.plan import ChoiceTree, Plan, PlanShape
 from evomerge.score.tasks import Item, TaskSpec
@@ -351,7 +352,37 @@ class _Overhead(Prepared):
         return FakeEvaluator
 
 
-BENCHES: dict[str, Callable[[], list[Row]]] = {"build": build, "score": score, "overhead": overhead, "demo": demo}
+def workers() -> list[Row]:
+    """Candidates per second of one and of two local workers, one thread each, start-up apart; and equal journals."""
+    speed, journals = [], []
+    for count in (1, 2):
+        with tempfile.TemporaryDirectory() as temporary:
+            overrides = {"search.budget.evaluations": 60, "search.finalists": 2, "workers.count": count}
+            run(load("quickstart", overrides), Path(temporary) / "run")
+            lines = [
+                t for t in read_telemetry(Path(temporary) / "run" / "telemetry.jsonl") if t.get("items") == "search"
+            ]
+            journals.append((Path(temporary) / "run" / "journal.jsonl").read_bytes())
+        first = 10
+        speed.append((len(lines) - first) / (lines[-1]["run_seconds"] - lines[first - 1]["run_seconds"]))
+    assert journals[0] == journals[1]
+    return [
+        {
+            "what": "quickstart, candidates per second",
+            "one worker": speed[0],
+            "two": speed[1],
+            "ratio": speed[1] / speed[0],
+        }
+    ]
+
+
+BENCHES: dict[str, Callable[[], list[Row]]] = {
+    "build": build,
+    "score": score,
+    "overhead": overhead,
+    "workers": workers,
+    "demo": demo,
+}
 
 
 def main() -> None:
