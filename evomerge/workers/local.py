@@ -22,23 +22,16 @@ from multiprocessing.connection import wait as wait_for
 import psutil
 
 from evomerge.errors import RunError, UserError
-from evomerge.proposal import Evaluation, Telemetry, WorkUnit
+from evomerge.proposal import WorkUnit
 from evomerge.workers import Done, MakeEvaluator
+from evomerge.workers.units import ATTEMPTS, Task, failed
 
-ATTEMPTS = 3
-"""A unit whose worker died is tried this often in all."""
 START_SECONDS = 600.0
 """Time for a worker to load its pool."""
 STARTS = 3
 """Workers that fail to start in a row before the run gives up."""
 POLL_SECONDS = 0.5
 """How often memory and time limits are looked at."""
-
-
-@dataclass
-class _Task:
-    unit: WorkUnit
-    attempts: int = 0
 
 
 @dataclass
@@ -50,7 +43,7 @@ class _Worker:
     pipe: Connection
     since: float
     ready: bool = False
-    task: _Task | None = None
+    task: Task | None = None
 
 
 class LocalExecutor:
@@ -70,7 +63,7 @@ class LocalExecutor:
         self._timeout = timeout_seconds
         self._memory = None if memory_gb is None else memory_gb * 2**30
         self._start_seconds = start_seconds
-        self._queue: deque[_Task] = deque()
+        self._queue: deque[Task] = deque()
         self._failed_starts = 0
         self._last_failure = ""
         self._count = count
@@ -82,7 +75,7 @@ class LocalExecutor:
         """Queue a unit; an idle worker gets it at once."""
         if not self._workers:
             self._workers = [self._start(f"local-{i}") for i in range(self._count)]
-        self._queue.append(_Task(unit))
+        self._queue.append(Task(unit))
         self._hand_out()
 
     def wait(self, seconds: float) -> list[Done]:
@@ -197,7 +190,7 @@ class LocalExecutor:
         if task.attempts < ATTEMPTS:
             self._queue.appendleft(task)
             return []
-        return _failed(worker, task, "failed:died", f"its worker died {ATTEMPTS} times ({how})")
+        return failed(worker.name, task, "failed:died", f"its worker died {ATTEMPTS} times ({how})")
 
     def _check_limits(self, i: int) -> list[Done]:
         worker = self._workers[i]
@@ -212,17 +205,12 @@ class LocalExecutor:
         limit = self._timeout * len(worker.task.unit.jobs)
         if elapsed > limit:
             self._replace(i)
-            return _failed(worker, worker.task, "failed:timeout", f"took longer than {limit:g} s")
+            return failed(worker.name, worker.task, "failed:timeout", f"took longer than {limit:g} s")
         if self._memory is not None and _resident(worker.process.pid) > self._memory:
             self._replace(i)
             gb = self._memory / 2**30
-            return _failed(worker, worker.task, "failed:oom", f"grew beyond the worker's limit of {gb:g} GiB")
+            return failed(worker.name, worker.task, "failed:oom", f"grew beyond the worker's limit of {gb:g} GiB")
         return []
-
-
-def _failed(worker: _Worker, task: _Task, status: str, reason: str) -> list[Done]:
-    telemetry = Telemetry(worker=worker.name, attempts=task.attempts)
-    return [(job, Evaluation(status, reason=reason), telemetry) for job in task.unit.jobs]
 
 
 def _resident(pid: int) -> int:

@@ -23,9 +23,8 @@ from typing import Any
 from evomerge.errors import RunError, UserError
 from evomerge.proposal import Evaluation, Telemetry, WorkUnit
 from evomerge.workers import Done, Evaluator, MakeEvaluator
+from evomerge.workers.units import ATTEMPTS, Task, failed
 
-ATTEMPTS = 3
-"""A unit whose actor died is tried this often in all."""
 STARTS = 3
 """Starts of one actor that may fail in a row."""
 READY_SECONDS = 300.0
@@ -56,12 +55,6 @@ class _Actor:
 
 
 @dataclass
-class _Task:
-    unit: WorkUnit
-    attempts: int = 0
-
-
-@dataclass
 class _Worker:
     """An actor, and what it is doing: `ref` is the call in flight (loading, or evaluating `task`)."""
 
@@ -72,7 +65,7 @@ class _Worker:
     host: str = ""
     pid: int = 0
     ready: bool = False
-    task: _Task | None = None
+    task: Task | None = None
     failed_starts: int = 0
 
 
@@ -96,7 +89,7 @@ class RayExecutor:
         self._gpus = gpus
         self._address = address
         self._ready_seconds = ready_seconds
-        self._queue: deque[_Task] = deque()
+        self._queue: deque[Task] = deque()
         self._workers: list[_Worker] = []
         self._ray: Any = None
         self._owned = False
@@ -108,7 +101,7 @@ class RayExecutor:
         """Queue a unit; an idle actor gets it at once."""
         if not self._workers:
             self._begin()
-        self._queue.append(_Task(unit))
+        self._queue.append(Task(unit))
         self._hand_out()
 
     def wait(self, seconds: float) -> list[Done]:
@@ -251,7 +244,7 @@ class RayExecutor:
         if task.attempts < ATTEMPTS:
             self._queue.appendleft(task)
             return []
-        return _failed(worker, task, "failed:died", f"its worker died {ATTEMPTS} times")
+        return failed(f"{worker.name}@{worker.host}", task, "failed:died", f"its worker died {ATTEMPTS} times")
 
     def _check_limits(self, worker: _Worker) -> list[Done]:
         elapsed = time.monotonic() - worker.since
@@ -269,7 +262,7 @@ class RayExecutor:
             return []
         task = worker.task
         self._restart(worker)
-        return _failed(worker, task, "failed:timeout", f"took longer than {limit:g} s")
+        return failed(f"{worker.name}@{worker.host}", task, "failed:timeout", f"took longer than {limit:g} s")
 
     # -- standard output ----------------------------------------------------------------------------------
 
@@ -287,11 +280,6 @@ class RayExecutor:
             os.dup2(self._stdout, 1)
             os.close(self._stdout)
             self._stdout = None
-
-
-def _failed(worker: _Worker, task: _Task, status: str, reason: str) -> list[Done]:
-    telemetry = Telemetry(worker=f"{worker.name}@{worker.host}", attempts=task.attempts)
-    return [(job, Evaluation(status, reason=reason), telemetry) for job in task.unit.jobs]
 
 
 def _check_answers(address: str) -> None:

@@ -13,6 +13,7 @@ import argparse
 import itertools
 import json
 import os
+import pickle
 import platform
 import statistics
 import subprocess
@@ -35,14 +36,15 @@ from evomerge.merge.bank import Bank
 from evomerge.merge.builder import Builder
 from evomerge.merge.live import live_model
 from evomerge.pool import TORCH_DTYPES, ModelPool
-from evomerge.prepare import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS, Prepared
+from evomerge.prepare import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS, Prepared, prepare
 from evomerge.progress import Silent
+from evomerge.proposal import Job, WorkUnit
 from evomerge.recipe import Recipe
 from evomerge.run import run, search
 from evomerge.rundir import read_telemetry
 from evomerge.score.multiple_choice import MultipleChoice
 from evomerge.score.plan import ChoiceTree, Plan, PlanShape
-from evomerge.score.tasks import Item, TaskSpec
+from evomerge.score.tasks import METRICS, Item, TaskSpec
 from evomerge.space import RuleSpace
 from evomerge.workers.fake import FakeEvaluator
 
@@ -352,6 +354,18 @@ class _Overhead(Prepared):
         return FakeEvaluator
 
 
+def messages() -> list[Row]:
+    """Bytes that travel per candidate of the quickstart: a work unit there, its scores back."""
+    prepared = prepare(load("quickstart"))
+    space, items = prepared.spaces[-1], prepared.items["search"]
+    unit = WorkUnit(0, (Job(0, 0, space.decode(space.default, prepared.manifest), items),))
+    answer = FakeEvaluator(metrics=tuple(METRICS)).evaluate(unit)
+    return [
+        {"what": f"messages, {len(space.axes)} axes, {items.count} items, {len(METRICS)} metrics"}
+        | {"bytes there": len(pickle.dumps(unit)), "bytes back": len(pickle.dumps(answer))}
+    ]
+
+
 def workers() -> list[Row]:
     """Candidates per second of one and of two local workers, one thread each, start-up apart; and equal journals."""
     speed, journals = [], []
@@ -380,6 +394,7 @@ BENCHES: dict[str, Callable[[], list[Row]]] = {
     "build": build,
     "score": score,
     "overhead": overhead,
+    "messages": messages,
     "workers": workers,
     "demo": demo,
 }
@@ -405,7 +420,13 @@ def main() -> None:
     rows = []
     for name in which:
         for row in BENCHES[name]():
-            print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{v}" for k, v in row.items()), flush=True)
+            print(
+                "  ".join(
+                    f"{k} {v:.4g}" if isinstance(v, float) else f"{v}" if k == "what" else f"{k} {v}"
+                    for k, v in row.items()
+                ),
+                flush=True,
+            )
             rows.append(row)
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     folder = args.to or HERE

@@ -21,7 +21,8 @@ from evomerge.proposal import ItemSet, Job, WorkUnit
 from evomerge.recipe import Recipe
 from evomerge.workers import Done
 from evomerge.workers.fake import FakeEvaluator
-from evomerge.workers.local import ATTEMPTS, STARTS, LocalExecutor
+from evomerge.workers.local import STARTS, LocalExecutor
+from evomerge.workers.units import ATTEMPTS
 
 ITEMS = ItemSet("search", {"a": (0, 1)})
 RECIPE = Recipe.model_validate({"merge": []})

@@ -28,7 +28,8 @@ from evomerge.run import run
 from evomerge.rundir import read_telemetry
 from evomerge.workers import Done
 from evomerge.workers.fake import FakeEvaluator
-from evomerge.workers.ray import ATTEMPTS, STARTS, RayExecutor
+from evomerge.workers.ray import STARTS, RayExecutor
+from evomerge.workers.units import ATTEMPTS
 
 PACKAGE = Path(evomerge.__file__).parent
 ITEMS = ItemSet("search", {"a": (0, 1, 2), "b": (5, 3)})
