@@ -17,19 +17,23 @@ from typing import Any
 from evomerge import run as _loop
 from evomerge.config import load
 from evomerge.history import History
+from evomerge.tasks.base import NOTHING, Allowed
 
 __version__ = version("evomerge")
-__all__ = ["History", "__version__", "run"]
+__all__ = ["Allowed", "History", "__version__", "run"]
 
 
 def run(
     experiment: str | Path | Mapping[str, Any],
     out: str | Path | None = None,
     overrides: Mapping[str, Any] | None = None,
+    *,
+    allow: Allowed = NOTHING,
 ) -> History:
     """Run an experiment: a file, a library name, or plain data. Resumes where `out` holds the same one.
 
+    `allow` permits what an experiment may not do by itself: `evomerge.Allowed(code=True, test_sets=True)`.
     Raises ValueError (one line) for bad input, RuntimeError where nothing could be scored.
     """
     loaded = load(experiment, overrides)
-    return _loop.run(loaded, Path(out) if out is not None else Path("runs") / loaded.name)
+    return _loop.run(loaded, Path(out) if out is not None else Path("runs") / loaded.name, allow=allow)

@@ -11,6 +11,7 @@ from evomerge.config import Experiment
 from evomerge.merge.methods import METHODS
 from evomerge.pool import TORCH_DTYPES
 from evomerge.prepare import Prepared, prepare
+from evomerge.tasks.base import NOTHING, Allowed
 
 
 @dataclass(frozen=True)
@@ -38,14 +39,12 @@ class Check:
         return asdict(self)
 
 
-def check(experiment: Experiment) -> Check:
+def check(experiment: Experiment, allow: Allowed = NOTHING) -> Check:
     """Check everything that `run` checks. Raises UserError with the first thing that is wrong."""
-    prepared = prepare(experiment)
+    prepared = prepare(experiment, allow=allow)
     items = prepared.items
     allowance = Allowance.of(experiment.search.budget, prepared.stages, items["search"].count)
-    tokens = sum(
-        len(p.prefix) + sum(len(p.trees[i].tokens) for i in p.splits["search"]) for p in prepared.plans.values()
-    )
+    tokens = sum(p.tokens(p.splits["search"]) for p in prepared.plans.values())
     flop = 2.0 * prepared.manifest.parameters * tokens
     total = allowance.total
     seconds = None

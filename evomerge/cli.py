@@ -20,6 +20,7 @@ from evomerge.errors import RunError, UserError
 
 if TYPE_CHECKING:
     from evomerge.history import History
+    from evomerge.tasks.base import Allowed
 
 
 FOLLOW_SECONDS = 5.0
@@ -79,23 +80,28 @@ def _parser() -> argparse.ArgumentParser:
         p.set_defaults(call=call)
         return p
 
+    def with_allow(p: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        p.add_argument("--allow-code", action="store_true", help="run code that the experiment names (python: tasks)")
+        p.add_argument("--allow-test-set", action="store_true", help="search on known benchmark test sets all the same")
+        return p
+
     def with_json(p: argparse.ArgumentParser) -> argparse.ArgumentParser:
         p.add_argument("--json", action="store_true", help="print JSON")
         return p
 
-    p = with_json(command("run", _run, "search for the best recipe; the same folder resumes"))
+    p = with_allow(with_json(command("run", _run, "search for the best recipe; the same folder resumes")))
     p.add_argument("experiment", help="an experiment file, or the name of a library entry")
     p.add_argument("--out", type=Path, help="run directory (default runs/NAME)")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. search.seed=2")
     p.add_argument("--accept-drift", action="store_true", help="resume although asked genomes differ from the journal")
     p.add_argument("--warm-start", type=Path, metavar="DIR", help="score the finalists of another run first")
 
-    p = with_json(command("resume", _resume, "go on with a run, with the same result as never interrupted"))
+    p = with_allow(with_json(command("resume", _resume, "go on with a run, with the same result as never interrupted")))
     p.add_argument("dir", type=Path)
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. search.budget.evaluations=900")
     p.add_argument("--accept-drift", action="store_true", help="resume although asked genomes differ from the journal")
 
-    p = with_json(command("check", _check, "check an experiment and estimate its memory and work"))
+    p = with_allow(with_json(command("check", _check, "check an experiment and estimate its memory and work")))
     p.add_argument("experiment")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
 
@@ -126,13 +132,14 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("recipe", type=Path)
     p.add_argument("--to", type=Path, required=True, metavar="PATH")
 
-    p = with_json(command("score", _score, "score one model folder or recipe"))
+    p = with_allow(with_json(command("score", _score, "score one model folder or recipe")))
     p.add_argument("model", type=Path, help="a model folder or a recipe.yaml")
     p.add_argument("fitness", help="a fitness or experiment file, or the name of a library entry")
     p.add_argument("--split", action="append", choices=("search", "select", "report"), help="default: all three")
     p.add_argument("--device", default="auto")
 
-    p = with_json(command("verify", _verify, "rebuild an export and compare tensors and scores with its record"))
+    p = command("verify", _verify, "rebuild an export and compare tensors and scores with its record")
+    with_allow(with_json(p))
     p.add_argument("path", type=Path)
 
     p = with_json(command("list", _list, "what there is"))
@@ -191,7 +198,14 @@ def _go(args: argparse.Namespace, experiment: Any, out: Path) -> int:
     args.resume_with = f"evomerge resume {out}"
     try:
         with _stoppable() as interrupted:
-            history = run(experiment, out, Terminal(), accept_drift=args.accept_drift, interrupted=interrupted)
+            history = run(
+                experiment,
+                out,
+                Terminal(),
+                accept_drift=args.accept_drift,
+                allow=_allowed(args),
+                interrupted=interrupted,
+            )
     except Interrupted:
         raise KeyboardInterrupt from None
     if experiment.export.format is not None:
@@ -208,11 +222,17 @@ def _go(args: argparse.Namespace, experiment: Any, out: Path) -> int:
     return 0
 
 
+def _allowed(args: argparse.Namespace) -> Allowed:
+    from evomerge.tasks.base import Allowed
+
+    return Allowed(code=args.allow_code, test_sets=args.allow_test_set)
+
+
 def _check(args: argparse.Namespace) -> int:
     from evomerge.check import check, text
     from evomerge.config import load, parse_overrides
 
-    c = check(load(args.experiment, parse_overrides(args.set)))
+    c = check(load(args.experiment, parse_overrides(args.set)), _allowed(args))
     _print(args, c.to_json(), lambda: text(c))
     return 0
 
@@ -328,14 +348,15 @@ def _merge(args: argparse.Namespace) -> int:
 
 
 def _score(args: argparse.Namespace) -> int:
-    from evomerge.config import is_experiment, load, resolve_fitness
+    from evomerge.config import is_experiment, load
     from evomerge.evaluate import pick_device
     from evomerge.export.verify import is_recipe, open_recipe_pool, recipe_paths
+    from evomerge.fitness import resolve_fitness
     from evomerge.prepare import check_device, fitness_of
     from evomerge.recipe import Recipe
     from evomerge.report.results import interval
-    from evomerge.score.tasks import SPLITS
     from evomerge.standalone import score_folder, score_recipe
+    from evomerge.tasks.base import SPLITS
 
     if args.fitness.endswith((".yaml", ".yml")) and is_experiment(Path(args.fitness)):
         fitness = fitness_of(load(args.fitness))
@@ -347,9 +368,9 @@ def _score(args: argparse.Namespace) -> int:
     if is_recipe(args.model):
         recipe = Recipe.load(args.model)
         pool, _ = open_recipe_pool(recipe, recipe_paths(recipe))
-        scores = score_recipe(recipe, pool, fitness, splits=splits, device=device)
+        scores = score_recipe(recipe, pool, fitness, splits=splits, device=device, allow=_allowed(args))
     else:
-        scores = score_folder(args.model, fitness, splits=splits, device=device)
+        scores = score_folder(args.model, fitness, splits=splits, device=device, allow=_allowed(args))
     rows = []
     for split, tasks in scores.items():
         for task, metrics in tasks.items():
@@ -376,7 +397,7 @@ def _score(args: argparse.Namespace) -> int:
 def _verify(args: argparse.Namespace) -> int:
     from evomerge.export.verify import verify
 
-    v = verify(args.path)
+    v = verify(args.path, _allowed(args))
 
     def text() -> str:
         lines = [f"{args.path}: {v.tensors} tensors rebuilt, {len(v.differing)} differ"]
@@ -418,7 +439,8 @@ def _list(args: argparse.Namespace) -> int:
 def _schema(args: argparse.Namespace) -> int:
     from pydantic import BaseModel
 
-    from evomerge.config import Experiment, FitnessSpec, StagedSpec
+    from evomerge.config import Experiment, StagedSpec
+    from evomerge.fitness import FitnessSpec
     from evomerge.recipe import Recipe
     from evomerge.space import SpaceSpec
 

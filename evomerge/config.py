@@ -10,11 +10,12 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from evomerge.canonical import digest
 from evomerge.errors import UserError, nearest
+from evomerge.fitness import FitnessSpec, resolve_fitness
 from evomerge.library import find, located
 from evomerge.schema import validated
-from evomerge.score.tasks import TaskSpec
 from evomerge.search import ALGORITHMS, make_options
 from evomerge.space import SpaceSpec
+from evomerge.tasks import Task
 from evomerge.yamlio import dump_yaml, load_yaml, parse_yaml
 
 
@@ -36,33 +37,6 @@ class Models(_Part):
                 raise ValueError(
                     f"experts: the name {name!r} is reserved or has other signs than letters, digits, - and _"
                 )
-        return self
-
-
-class Floor(_Part):
-    """A price on forgetting: `penalty` per unit that a task's metric lies below the base's plus `margin`."""
-
-    penalty: float = Field(3.0, gt=0)
-    margin: float = Field(0.0, ge=0, description="in the metric's units; covers noise of the search items")
-
-
-class FitnessSpec(_Part):
-    """What is good: tasks, and how their scores become one loss."""
-
-    description: str = ""
-    tasks: tuple[TaskSpec, ...] = Field(min_length=1)
-    objective: Literal["weighted_mean", "recovered_gain"] = Field(
-        "weighted_mean",
-        description="weighted_mean of the tasks' metrics, or of each task's gain over the base as a share of its "
-        "best baseline's gain, with gains above 1 cut off",
-    )
-    floor: Floor | None = Field(None, description="price on tasks that fall below the base")
-
-    @model_validator(mode="after")
-    def _consistent(self) -> FitnessSpec:
-        names = [t.name for t in self.tasks]
-        if len(set(names)) < len(names):
-            raise ValueError(f"tasks: the names must differ, got {names}")
         return self
 
 
@@ -181,7 +155,7 @@ class Experiment(_Part):
         return (Stage(space=self.search_space, share=1.0),)
 
     @property
-    def tasks(self) -> tuple[TaskSpec, ...]:
+    def tasks(self) -> tuple[Task, ...]:
         """The tasks of the fitness."""
         assert isinstance(self.fitness, FitnessSpec)
         return self.fitness.tasks
@@ -219,13 +193,29 @@ def _plain_algorithm(name: str, options: Any) -> list[Any]:
     return [name, dict(vars(options))]
 
 
+LATER_KEYS = frozenset({"expert", "objectives"})
+"""Keys of fitness and spaces that came after journals of format 1; at their defaults they are no part of the identity,
+so that runs which began before them go on."""
+
+
 def _without_text(part: Any) -> Any:
-    data = part.model_dump(mode="json")
+    data = _without_later_keys(part.model_dump(mode="json"), part.model_dump(mode="json", exclude_defaults=True))
     data.pop("description", None)
     for task in data.get("tasks", ()):
         # Items are in the plans' ids; where they lie does not matter.
         for key in ("data", "splits"):
-            task.pop(key)
+            task.pop(key, None)
+    return data
+
+
+def _without_later_keys(data: Any, given: Any) -> Any:
+    if isinstance(data, dict):
+        given = given if isinstance(given, dict) else {}
+        kept = [k for k in data if k in given or k not in LATER_KEYS]
+        return {k: _without_later_keys(data[k], given.get(k)) for k in kept}
+    if isinstance(data, list):
+        rows = given if isinstance(given, list) else [None] * len(data)
+        return [_without_later_keys(d, g) for d, g in zip(data, rows, strict=True)]
     return data
 
 
@@ -328,16 +318,3 @@ def is_experiment(path: Path) -> bool:
         return False
     data = load_yaml(path)
     return isinstance(data, dict) and "fitness" in data
-
-
-def resolve_fitness(spec: str | FitnessSpec, folder: Path) -> FitnessSpec:
-    """A library name or path to a spec with absolute data files. Raises UserError."""
-    if isinstance(spec, str):
-        path = find("fitness", spec, folder)
-        return resolve_fitness(validated(FitnessSpec, load_yaml(path), str(path)), path.resolve().parent)
-    tasks = []
-    for task in spec.tasks:
-        splits = {s: str(located(folder, v)) if isinstance(v, str) else v for s, v in task.splits.items()}
-        data = str(located(folder, task.data)) if task.data is not None else None
-        tasks.append(task.model_copy(update={"splits": splits, "data": data}))
-    return spec.model_copy(update={"tasks": tuple(tasks)})

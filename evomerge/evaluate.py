@@ -8,20 +8,19 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from evomerge.manifest import Manifest
 from evomerge.merge.bank import Bank
 from evomerge.merge.builder import Builder
-from evomerge.merge.live import inference, live_model
+from evomerge.merge.live import inference, live_model, load_tokenizer
 from evomerge.merge.pipeline import BuildError
 from evomerge.pool import ModelPool
 from evomerge.proposal import Evaluation, Job, Scores, Telemetry, WorkUnit
 from evomerge.score import make_scorer
-from evomerge.score.multiple_choice import NonFinite
-from evomerge.score.plan import Plan
+from evomerge.score.model import NonFinite
+from evomerge.score.plan import Plan, Scorable
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,9 @@ class MergeEvaluator:
         inference(self.device, spec.threads)
         pool = ModelPool.open(spec.base, spec.experts, spec.manifest.base)
         self._builder = Builder(Bank.load(pool, spec.manifest, self.device), spec.dtype)
-        self._model: Any = live_model(spec.base, self._builder.views(), spec.dtype)
+        self._candidate = Scorable(
+            live_model(spec.base, self._builder.views(), spec.dtype), load_tokenizer(spec.base), self._builder.distance
+        )
         self._plans = spec.plans
         cuda = self.device.type == "cuda"
         self._device_name = torch.cuda.get_device_name(self.device) if cuda else "cpu"
@@ -64,7 +65,7 @@ class MergeEvaluator:
             changed = self._builder.build(job.recipe)
             built = time.perf_counter()
             scores: Scores = {
-                task: self._scorers[self._plans[task].kind].score(self._model, self._plans[task], positions)
+                task: self._scorers[self._plans[task].kind].score(self._candidate, self._plans[task], positions)
                 for task, positions in job.items.tasks.items()
             }
             result = Evaluation("ok", scores)

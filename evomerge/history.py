@@ -17,6 +17,7 @@ from evomerge.errors import UserError
 from evomerge.journal import Event, read, scores_from_json, whole
 from evomerge.manifest import Manifest
 from evomerge.objective import Objective
+from evomerge.pareto import Losses
 from evomerge.prepare import bind_spaces, fitness_of, needed_metrics
 from evomerge.proposal import Evaluation, Scores, frozen_genome
 from evomerge.recipe import Recipe
@@ -111,6 +112,8 @@ class History:
                 cached += bool(e.get("cached")) and names[e["items"]] == "search"
             elif e["kind"] == "final":
                 final = {**e, "winner": entries[e["winner"]].id, "finalists": [entries[i].id for i in e["finalists"]]}
+                if "front" in e:
+                    final["front"] = [entries[i].id for i in e["front"]]
                 looks += 1
         manifest = Manifest.from_json(events[0]["manifest"])
         stopped = events[-1]["kind"] == "stop"
@@ -168,27 +171,53 @@ class History:
         base = scores.pop(self.manifest.base, None)
         if base is None:
             return None
-        return Objective.bind(fitness_of(self.experiment), base, [s for s in scores.values() if s is not None])
+        others = {n: s for n, s in scores.items() if s is not None}
+        return Objective.bind(fitness_of(self.experiment), base, others)
+
+    @cached_property
+    def objectives(self) -> dict[str, Objective | None]:
+        """Split -> the objective with its references there."""
+        return {s: self.objective(s) for s in self.item_ids}
+
+    @property
+    def goals(self) -> tuple[str, ...]:
+        """Names of the objectives, in the order of the losses."""
+        return tuple(g.name for g in fitness_of(self.experiment).goals)
+
+    def losses(self, entry: Entry, split: str) -> Losses:
+        """A candidate's losses on a split, shape (n_objectives,); +inf where it failed, NaN where not scored."""
+        if split not in entry.results:
+            return np.full(len(self.goals), math.nan)
+        scores, objective = entry.scores(split), self.objectives[split]
+        return np.full(len(self.goals), math.inf) if scores is None or objective is None else objective.losses(scores)
 
     def loss(self, entry: Entry, split: str) -> float:
-        """A candidate's loss on a split; +inf where it failed, NaN where it was not scored."""
-        if split not in entry.results:
-            return math.nan
-        scores, objective = entry.scores(split), self.objective(split)
-        return math.inf if scores is None or objective is None else float(objective.losses(scores)[0])
+        """A candidate's first loss on a split: its only one where there is one objective."""
+        return float(self.losses(entry, split)[0])
+
+    @property
+    def front(self) -> tuple[int, ...]:
+        """Numbers of the non-dominated finalists on the select split, the winner first; empty while there are none.
+
+        With one objective the winner alone.
+        """
+        if self.final is None:
+            return ()
+        winner = int(self.final["winner"])
+        return (winner, *(i for i in self.final.get("front", ()) if i != winner))
 
     @property
     def evaluations(self) -> list[dict[str, Any]]:
-        """One row per candidate and split: id, role, name, stage, group, split, status, loss, mean scores."""
-        bound = {s: self.objective(s) for s in self.item_ids}
+        """One row per candidate and split: id, role, name, stage, group, split, status, reason, mean scores.
+
+        The losses stand under `loss`, or under `loss.<name>` for each of several objectives.
+        """
+        titles = ["loss"] if len(self.goals) == 1 else [f"loss.{g}" for g in self.goals]
         rows = []
         for e in self.entries.values():
             for split, result in e.results.items():
-                objective = bound[split]
-                loss = math.inf
                 means: dict[str, float] = {}
-                if result.scores is not None and objective is not None:
-                    loss = float(objective.losses(result.scores)[0])
+                if result.scores is not None:
                     means = {
                         f"{t.name}.{t.report_metric}": float(np.mean(result.scores[t.name][t.report_metric]))
                         for t in self.experiment.tasks
@@ -203,7 +232,7 @@ class History:
                         "split": split,
                         "status": result.status,
                         "reason": result.reason,
-                        "loss": loss,
+                        **dict(zip(titles, self.losses(e, split).tolist(), strict=True)),
                         **means,
                     }
                 )

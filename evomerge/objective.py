@@ -2,67 +2,85 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from evomerge.config import FitnessSpec
+from evomerge.fitness import FitnessSpec, Goal
 from evomerge.proposal import Scores
-from evomerge.recipe import Recipe
-from evomerge.score.tasks import METRICS, TaskSpec
+from evomerge.tasks import Task
+
+Column = tuple[str, str]
+"""A task's name and one of its metrics."""
 
 
-def task_means(scores: Scores, tasks: Iterable[TaskSpec]) -> dict[str, float]:
-    """task -> mean of the metric that is optimised, in float64, higher or lower as the metric goes."""
-    return {t.name: float(np.mean(scores[t.name][t.metric], dtype=np.float64)) for t in tasks}
+def column_mean(scores: Scores, task: str, metric: str) -> float:
+    """Mean over a task's items in float64, higher or lower as the metric goes."""
+    return float(np.mean(scores[task][metric], dtype=np.float64))
 
 
 @dataclass(frozen=True)
 class Objective:
-    """A fitness bound to its references: `low` and `high` per task, in the metric's own direction.
+    """A fitness bound to its references on the items that are being scored, in each metric's own direction.
 
-    The references are the base's score and the best baseline's score on the items that are being scored;
-    `weighted_mean` without a floor needs none.
+    `low` is the base's mean by task and metric, `high` the best baseline's (or the task's own expert's). A
+    `weighted_mean` without a floor needs neither.
     """
 
     spec: FitnessSpec
-    low: Mapping[str, float]
-    high: Mapping[str, float]
+    low: Mapping[Column, float]
+    high: Mapping[Column, float]
 
     @classmethod
-    def bind(cls, spec: FitnessSpec, base: Scores, baselines: Iterable[Scores]) -> Objective:
-        """Take the references from the baselines' scores."""
-        rows = [task_means(s, spec.tasks) for s in (base, *baselines)]
-        best = {t.name: (max if METRICS[t.metric] == "higher" else min)(r[t.name] for r in rows) for t in spec.tasks}
-        return cls(spec, rows[0], best)
+    def bind(cls, spec: FitnessSpec, base: Scores, baselines: Mapping[str, Scores]) -> Objective:
+        """Take the references from the base's and the other baselines' scores (name -> scores)."""
+        low, high = {}, {}
+        for goal in spec.goals:
+            for task, _ in spec.weights_of(goal):
+                metric = goal.metric or task.metric
+                at = (task.name, metric)
+                low[at] = column_mean(base, *at)
+                others = {n: column_mean(s, *at) for n, s in baselines.items()}
+                if task.expert is not None:
+                    high[at] = others.get(task.expert, low[at])
+                else:
+                    best = min if task.sign(metric) > 0 else max
+                    high[at] = best([low[at], *others.values()])
+        return cls(spec, low, high)
 
-    def losses(self, scores: Scores, recipe: Recipe | None = None) -> NDArray[np.float64]:
-        """Losses to minimise, shape (n_objectives,)."""
-        total = sum(t.weight for t in self.spec.tasks)
+    def losses(self, scores: Scores) -> NDArray[np.float64]:
+        """Losses to minimise, shape (n_objectives,), in the order of `spec.goals`."""
+        return np.array([self._loss(goal, scores) for goal in self.spec.goals])
+
+    @property
+    def failed(self) -> NDArray[np.float64]:
+        """What a candidate without scores loses, shape (n_objectives,)."""
+        return np.full(len(self.spec.goals), np.inf)
+
+    def _loss(self, goal: Goal, scores: Scores) -> float:
         value = 0.0
-        for task, mean in zip(self.spec.tasks, task_means(scores, self.spec.tasks).values(), strict=True):
-            value += task.weight / total * (self._loss(task, mean) + self._price(task, mean))
-        return np.array([value])
+        for task, weight in self.spec.weights_of(goal):
+            at = (task.name, goal.metric or task.metric)
+            sign, mean = task.sign(at[1]), column_mean(scores, *at)
+            if goal.kind == "forgetting":
+                value += weight * max(sign * (mean - self.low[at]), 0.0)
+                continue
+            loss = sign * mean if goal.kind == "weighted_mean" else -self.recovered(task, at[1], mean)
+            value += weight * (loss + self._price(sign, at, mean))
+        return value
 
-    def _price(self, task: TaskSpec, mean: float) -> float:
+    def recovered(self, task: Task, metric: str, mean: float) -> float:
+        """The gain over the base as a share of the reference's, at most 1; the base itself has 0."""
+        at = (task.name, metric)
+        gain = self.high[at] - self.low[at]
+        if gain * task.sign(metric) >= 0.0:  # the reference does not improve on the base: its own score is the unit
+            gain = -task.sign(metric) * (abs(self.low[at]) or 1.0)
+        return min((mean - self.low[at]) / gain, 1.0)
+
+    def _price(self, sign: float, at: Column, mean: float) -> float:
         """What falling below the base costs; a mean over many tasks would hide it."""
         if self.spec.floor is None:
             return 0.0
-        sign = 1.0 if METRICS[task.metric] == "higher" else -1.0
-        short = sign * (self.low[task.name] - mean) + self.spec.floor.margin
-        return self.spec.floor.penalty * max(short, 0.0)
-
-    def _loss(self, task: TaskSpec, mean: float) -> float:
-        sign = -1.0 if METRICS[task.metric] == "higher" else 1.0
-        if self.spec.objective == "weighted_mean":
-            return sign * mean
-        gain = self.high[task.name] - self.low[task.name]
-        if gain == 0.0:  # no baseline improves on the base: its own score is the unit
-            gain = -sign * max(abs(self.low[task.name]), 1e-9)
-        return -min((mean - self.low[task.name]) / gain, 1.0)
-
-
-FAILED = np.array([np.inf])
-FAILED.setflags(write=False)
+        return self.spec.floor.penalty * max(sign * (mean - self.low[at]) + self.spec.floor.margin, 0.0)

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from evomerge.config import Experiment, FitnessSpec, Stage, Workers
+from evomerge.config import Experiment, Stage, Workers
 from evomerge.errors import UserError
+from evomerge.fitness import FitnessSpec
 from evomerge.manifest import Manifest
 from evomerge.proposal import ItemSet
 from evomerge.recipe import Match, Recipe, Rule
 from evomerge.schema import validated
-from evomerge.score.plan import Plan, PlanShape, item_sets
-from evomerge.search import needs_of
+from evomerge.score.plan import Plan, PlanShape, Target, item_sets
+from evomerge.search import ALGORITHMS, needs_of
 from evomerge.space import RuleSpace, SpaceSpec
+from evomerge.tasks import Task
+from evomerge.tasks.base import NOTHING, Allowed, Item
 from evomerge.workers import Executor, MakeEvaluator
 
 CPU_BATCH_TOKENS = 1024
@@ -129,55 +132,69 @@ def open_pool(experiment: Experiment) -> Any:
     return ModelPool.open(Path(models.base), {n: Path(p) for n, p in models.experts.items()})
 
 
-def prepare(experiment: Experiment, shape: PlanShape | None = None) -> Prepared:
+def prepare(experiment: Experiment, shape: PlanShape | None = None, allow: Allowed = NOTHING) -> Prepared:
     """Open and check everything. Raises UserError before any expensive work.
 
     `shape` is the journalled batch shape of a run that is resumed; else it is chosen by device.
     """
     from evomerge.evaluate import pick_device
 
-    items = load_all_items(experiment)
+    check_algorithms(experiment)
+    items = load_items(experiment.tasks, allow)
     pool = open_pool(experiment)
     device = pick_device(experiment.workers.device)
     if experiment.workers.backend != "ray":  # a cluster's devices are not the driver's
         check_device(device)
     if shape is None:
         shape = PlanShape(GPU_BATCH_TOKENS if device.startswith("cuda") else CPU_BATCH_TOKENS)
-    plans = compile_plans(experiment, items, pool.checkpoints[pool.base], shape)
+    plans = compile_plans(experiment.tasks, items, pool.checkpoints[pool.base], shape)
     manifest = pool.manifest()
     dtype = pool.stored_dtype if experiment.models.dtype == "auto" else experiment.models.dtype
     spaces = bind_spaces(experiment, manifest, dtype)
     prepared = Prepared(experiment, manifest, dtype, plans, spaces, device, tuple(pool.notes()))
     prepared.given_recipes()
-    check_lag(experiment)
     return prepared
 
 
-def check_lag(experiment: Experiment) -> None:
-    """Raises UserError for a lag where an algorithm can only be asked for whole generations."""
-    if experiment.search.lag is None:
-        return
+def check_algorithms(experiment: Experiment) -> None:
+    """Raises UserError where an algorithm cannot have the number of objectives, or a lag."""
+    goals = [g.name for g in fitness_of(experiment).goals]
     for stage in experiment.stages:
         name, _ = experiment.algorithm_of(stage)
-        if not needs_of(name).steady:
+        needs = needs_of(name)
+        if experiment.search.lag is not None and not needs.steady:
             raise UserError(f"search.lag: {name} learns from whole generations and has no steady state; drop lag")
+        able = [a for a in ALGORITHMS if needs_of(a).objectives in ("any", "one" if len(goals) == 1 else "several")]
+        if needs.objectives == "one" and len(goals) > 1:
+            raise UserError(
+                f"search: {name} minimises one loss, the fitness has {len(goals)} objectives ({', '.join(goals)}); "
+                f"use {' or '.join(able)}, or one objective over all tasks"
+            )
+        if needs.objectives == "several" and len(goals) == 1:
+            raise UserError(
+                f"search: {name} is for several objectives, the fitness has one; "
+                f"use {' or '.join(able)}, or name several under fitness.objectives"
+            )
 
 
-def load_all_items(experiment: Experiment) -> dict[str, Any]:
-    """task -> its items, split. Raises UserError naming file and line."""
-    from evomerge.score.tasks import load_items
+def load_items(tasks: Sequence[Task], allow: Allowed) -> dict[str, tuple[Item, ...]]:
+    """task -> its items, split. Raises UserError naming file and line, and for what is not allowed."""
+    for t in tasks:
+        if t.runs_code and not allow.code:
+            raise UserError(f"task {t.name!r} runs code that the experiment names; read it, then add --allow-code")
+    return {t.name: t.load(Path.cwd()) for t in tasks}
 
-    return {t.name: load_items(t, Path.cwd()) for t in experiment.tasks}
 
-
-def compile_plans(experiment: Experiment, items: Mapping[str, Any], base: Any, shape: PlanShape) -> dict[str, Plan]:
+def compile_plans(
+    tasks: Sequence[Task], items: Mapping[str, tuple[Item, ...]], base: Any, shape: PlanShape
+) -> dict[str, Plan]:
     """Tokenise and lay out all tasks with the base's tokenizer. Raises UserError for items that do not fit."""
     from evomerge.merge.live import load_tokenizer
     from evomerge.score import make_scorer
 
-    tokenizer = load_tokenizer(base.path)
     limit = int(base.config.get("max_position_embeddings", 1 << 30))
-    return {t.name: make_scorer(t.kind).compile(t, items[t.name], tokenizer, limit, shape) for t in experiment.tasks}
+    target = Target(load_tokenizer(base.path), limit, shape)
+    return {t.name: make_scorer(t.kind).compile(t, items[t.name], target) for t in tasks}
 
 
 def check_device(device: str) -> None:
@@ -242,6 +259,6 @@ def fitness_of(experiment: Experiment) -> FitnessSpec:
     return experiment.fitness
 
 
-def needed_metrics(experiment: Experiment) -> dict[str, tuple[str, str]]:
-    """task -> the metrics that the search and the tables read."""
-    return {t.name: (t.metric, t.report_metric) for t in experiment.tasks}
+def needed_metrics(experiment: Experiment) -> dict[str, tuple[str, ...]]:
+    """task -> the metrics that the objectives and the tables read."""
+    return {t.name: fitness_of(experiment).metrics_of(t) for t in experiment.tasks}

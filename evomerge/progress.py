@@ -7,6 +7,9 @@ import sys
 import time
 from typing import IO, TYPE_CHECKING, Protocol
 
+import numpy as np
+
+from evomerge.pareto import Losses
 from evomerge.proposal import Evaluation, ItemSet
 
 if TYPE_CHECKING:
@@ -27,8 +30,8 @@ class Progress(Protocol):
         """One evaluation is in the journal."""
         ...
 
-    def kept(self, proposal: int, role: str, loss: float, e: Evaluation) -> None:
-        """One candidate of the search split has its loss."""
+    def kept(self, proposal: int, role: str, losses: Losses, e: Evaluation) -> None:
+        """One candidate of the search split has its losses."""
         ...
 
     def note(self, text: str) -> None:
@@ -49,7 +52,7 @@ class Silent:
     def scored(self, role: str, items: ItemSet, e: Evaluation) -> None:
         """Nothing."""
 
-    def kept(self, proposal: int, role: str, loss: float, e: Evaluation) -> None:
+    def kept(self, proposal: int, role: str, losses: Losses, e: Evaluation) -> None:
         """Nothing."""
 
     def note(self, text: str) -> None:
@@ -73,6 +76,7 @@ class Terminal:
         self._failed = 0
         self._best = math.inf
         self._best_text = "-"
+        self._front: list[Losses] = []
         self._phase = "baselines"
         self._start = self._first = self._last = time.monotonic()
         self._report_metrics: dict[str, str] = {}
@@ -102,20 +106,30 @@ class Terminal:
             self._phase = items.name
             self._draw()
 
-    def kept(self, proposal: int, role: str, loss: float, e: Evaluation) -> None:
+    def kept(self, proposal: int, role: str, losses: Losses, e: Evaluation) -> None:
         """Follow the best candidate."""
         if role == "search":
             if self._searched == 0:
                 self._first = time.monotonic()
             self._searched += 1
         self._phase = role
-        if loss < self._best and e.scores is not None:
-            self._best = loss
+        if len(losses) > 1:
+            self._follow_front(losses)
+        elif losses[0] < self._best and e.scores is not None:
+            self._best = float(losses[0])
             means = {t: float(e.scores[t][m].mean()) for t, m in self._report_metrics.items()}
             names = "/".join(dict.fromkeys(self._report_metrics.values()))
             parts = f"{names}: " + " ".join(f"{t} {x:.2f}" for t, x in means.items())
-            self._best_text = f"#{proposal} loss {loss:.4f} ({parts})"
+            self._best_text = f"#{proposal} loss {self._best:.4f} ({parts})"
         self._draw()
+
+    def _follow_front(self, losses: Losses) -> None:
+        """With several objectives there is no best one: how many are non-dominated, and the least of each loss."""
+        if not np.isfinite(losses).all() or any((x <= losses).all() for x in self._front):
+            return
+        self._front = [x for x in self._front if not (losses <= x).all()] + [losses]
+        least = " ".join(f"{x:.3f}" for x in np.min(self._front, axis=0))
+        self._best_text = f"front of {len(self._front)}, least losses {least}"
 
     def note(self, text: str) -> None:
         """One line of its own."""

@@ -21,6 +21,7 @@ from evomerge.config import Budget, Experiment
 from evomerge.errors import RunError, UserError
 from evomerge.history import History
 from evomerge.journal import Journal
+from evomerge.pareto import compromise, fronts
 from evomerge.prepare import Prepared, make_executor, needed_metrics, prepare
 from evomerge.progress import Progress, Silent
 from evomerge.proposal import Evaluation, Genome, Proposal
@@ -30,6 +31,7 @@ from evomerge.score.plan import PlanShape
 from evomerge.search import make_optimizer
 from evomerge.search.base import Start
 from evomerge.session import Candidate, Session
+from evomerge.tasks.base import NOTHING, Allowed
 
 
 def run(
@@ -38,6 +40,7 @@ def run(
     progress: Progress | None = None,
     *,
     accept_drift: bool = False,
+    allow: Allowed = NOTHING,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> History:
     """Run an experiment to its budget in the folder `out`, or go on where an earlier run there stopped.
@@ -50,7 +53,7 @@ def run(
         shape = PlanShape(**earlier.facts["plan_shape"]) if earlier else None
     except TypeError:
         raise UserError(f"{out / JOURNAL}: has no batch shape of this version") from None
-    prepared = prepare(experiment, shape)
+    prepared = prepare(experiment, shape, allow)
     search(prepared, out, progress or Silent(), accept_drift=accept_drift, interrupted=interrupted)
     return History.read(out)
 
@@ -179,8 +182,7 @@ def stop_where_most_fail(recent: list[Evaluation], window: int) -> None:
 
 def conclude(s: Session) -> None:
     """Choose the winner on select, look at it once on report."""
-    winner = choose_winner(s)
-    report_on(s, winner)
+    report_on(s, choose_winner(s))
     s.journal.record("stop", reason="budget")
 
 
@@ -204,8 +206,12 @@ def best_start(s: Session, n: int) -> Genome:
     return s.prepared.spaces[n].default
 
 
-def choose_winner(s: Session) -> Candidate:
-    """Re-score the best, the means and the baselines on the select split; the best there is the winner."""
+def choose_winner(s: Session) -> list[Candidate]:
+    """Re-score the best, the means and the baselines on the select split; the best there is the winner.
+
+    With several objectives the winner is the member of the front there that is nearest to the ideal point; the
+    other members follow it.
+    """
     ranked = s.ranked()
     finalists = {c.id: c for c in ranked[: s.prepared.experiment.search.finalists]}
     finalists |= {c.id: c for c in ranked if c.role in ("baseline", "mean")}
@@ -214,15 +220,23 @@ def choose_winner(s: Session) -> Candidate:
     objective = s.bind(scored)
     if objective is None:
         raise RunError("the base could not be scored on the select split; see the journal for the reason")
-    losses = {c.id: float(objective.losses(e.scores)[0]) for c, e in scored if e.scores is not None}
-    winner = min(losses, key=lambda i: (losses[i], i))
-    s.journal.record("final", finalists=sorted(losses), losses={str(i): x for i, x in losses.items()}, winner=winner)
-    return finalists[winner]
+    ids = [c.id for c, e in scored if e.scores is not None]
+    losses = np.array([objective.losses(e.scores) for _, e in scored if e.scores is not None])
+    best = [int(i) for i in np.flatnonzero(fronts(losses) == 0)]
+    winner = ids[best[compromise(losses[best])]]
+    if losses.shape[1] == 1:
+        told: dict[str, Any] = {"losses": {str(i): float(x[0]) for i, x in zip(ids, losses, strict=True)}}
+    else:
+        told = {"losses": {str(i): x.tolist() for i, x in zip(ids, losses, strict=True)}}
+        told["front"] = [ids[i] for i in best]
+    s.journal.record("final", finalists=ids, winner=winner, **told)
+    return [finalists[winner], *(finalists[i] for i in told.get("front", ()) if i != winner)]
 
 
-def report_on(s: Session, winner: Candidate) -> None:
-    """Score winner and baselines on the report split: the only look at it."""
-    group = [c for c in s.candidates if c.role == "baseline" or c.id == winner.id]
+def report_on(s: Session, winners: list[Candidate]) -> None:
+    """Score the winner, or the whole front, and the baselines on the report split: the only look at it."""
+    chosen = {c.id for c in winners}
+    group = [c for c in s.candidates if c.role == "baseline" or c.id in chosen]
     s.score(group, s.prepared.items["report"], together=one_device(s))
 
 

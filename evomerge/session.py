@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+
+import numpy as np
 
 from evomerge.canonical import decode_array, encode_array
 from evomerge.commit import Committer
 from evomerge.errors import UserError
 from evomerge.journal import Journal
-from evomerge.objective import FAILED, Objective
+from evomerge.objective import Objective
+from evomerge.pareto import Losses, order
 from evomerge.prepare import Prepared, fitness_of
 from evomerge.progress import Progress
 from evomerge.proposal import Evaluation, ItemSet, Proposal, Result, Scores, frozen_genome
@@ -20,12 +22,13 @@ from evomerge.recipe import Recipe
 
 @dataclass(frozen=True)
 class Candidate:
-    """A proposal with its canonical recipe and its loss on the search split (+inf where it failed)."""
+    """A proposal with its canonical recipe and its losses on the search split (+inf where it failed)."""
 
     proposal: Proposal
     recipe: Recipe
     role: str
-    loss: float = math.inf
+    name: str = ""
+    losses: Losses = field(default_factory=lambda: np.array([np.inf]))
 
     @property
     def id(self) -> int:
@@ -76,7 +79,7 @@ class Session:
                 recipe = space.decode(p.genome, manifest)
             except ValueError:
                 raise UserError(f"{self.journal.path} event {event['seq']}: no genome of this space") from None
-        return Candidate(p, recipe, role)
+        return Candidate(p, recipe, role, name)
 
     def submit(self, group: Sequence[Candidate], items: ItemSet, *, together: bool = False) -> None:
         """Hand candidates out for evaluation; `together` on one worker, and so on one device."""
@@ -97,31 +100,30 @@ class Session:
 
     def keep(self, c: Candidate, e: Evaluation) -> Result:
         """Add a candidate scored on the search split; returns what its optimizer is told."""
-        losses = FAILED
-        if e.scores is not None:
-            assert self.objective is not None
-            losses = self.objective.losses(e.scores, c.recipe)
-        c = replace(c, loss=float(losses[0]))
+        assert self.objective is not None
+        losses = self.objective.failed if e.scores is None else self.objective.losses(e.scores)
+        c = replace(c, losses=losses)
         self.candidates.append(c)
-        self.progress.kept(c.id, c.role, c.loss, e)
+        self.progress.kept(c.id, c.role, losses, e)
         return Result(losses, e.status, e.scores or {})
 
     def bind(self, scored: Iterable[tuple[Candidate, Evaluation]]) -> Objective | None:
         """The objective with its references taken from the baselines' scores; None where the base failed."""
         base: Scores | None = None
-        others = []
+        others: dict[str, Scores] = {}
         for c, e in scored:
             if c.role == "baseline" and e.scores is not None:
                 if base is None and not c.recipe.blocks:
                     base = e.scores
                 else:
-                    others.append(e.scores)
+                    others[c.name] = e.scores
         return None if base is None else Objective.bind(fitness_of(self.prepared.experiment), base, others)
 
     def ranked(self) -> list[Candidate]:
-        """Distinct recipes that were scored, best search loss first; ties by number."""
-        best: dict[str, Candidate] = {}
-        for c in sorted(self.candidates, key=lambda c: (c.loss, c.id)):
-            if math.isfinite(c.loss):
-                best.setdefault(c.recipe.id, c)
-        return list(best.values())
+        """Distinct recipes that were scored, best on search first (see `pareto.order`); ties by number."""
+        distinct: dict[str, Candidate] = {}
+        for c in self.candidates:
+            if np.isfinite(c.losses).all():
+                distinct.setdefault(c.recipe.id, c)
+        group = sorted(distinct.values(), key=lambda c: c.id)
+        return [group[i] for i in order(np.array([c.losses for c in group]))] if group else []

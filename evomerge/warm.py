@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from evomerge.config import Experiment
 from evomerge.errors import UserError
 from evomerge.history import History
+from evomerge.pareto import order
 from evomerge.prepare import open_pool
 
 
@@ -21,9 +24,10 @@ def finalists_of(path: Path, experiment: Experiment) -> list[dict[str, Any]]:
         raise UserError(f"{path}: has no finalists yet; finish it with `evomerge resume {path}`")
     manifest = open_pool(experiment).manifest()
     name_of = {digest: name for name, digest in manifest.hashes.items()}
-    losses = history.final["losses"]
+    numbers = sorted(history.final["finalists"])
+    losses = np.array([np.atleast_1d(history.final["losses"][str(i)]) for i in numbers])
     out = []
-    for number in sorted(history.final["finalists"], key=lambda i: (losses[str(i)], i)):
+    for number in (numbers[i] for i in order(losses)):
         if history.entry(number).role == "baseline":
             continue
         recipe = history.recipe(number)

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evomerge.config import Experiment, FitnessSpec, StagedSpec, load, parse_overrides, resolve_fitness
+from evomerge.config import Experiment, StagedSpec, load, parse_overrides
 from evomerge.errors import UserError
+from evomerge.fitness import FitnessSpec, resolve_fitness
 from evomerge.library import entries
 from evomerge.space import SpaceSpec
 from evomerge.yamlio import MAX_BYTES, dump_yaml
@@ -210,7 +211,7 @@ BAD: list[tuple[Data, str]] = [
     ({"fitness": "nowhere.yml"}, "fitness: no such file"),
     ({"search_space": {**SPACE, "method": "task_arithmetics"}}, "did you mean 'task_arithmetic'?"),
     (task(metric="acuracy"), "fitness.tasks.0: unknown metric 'acuracy'; did you mean 'accuracy'?"),
-    (task(kind="generation"), "fitness.tasks.0.kind: Input should be 'multiple_choice', got 'generation'"),
+    (task(kind="generative"), "fitness.tasks.0: kind: should be one of multiple_choice"),
     ({"workers.backend": "slurm"}, "workers.backend"),
     ({"workers.device": "gpu"}, "workers.device"),
     ({"export.format": "gguf"}, "export.format"),

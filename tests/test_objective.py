@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from evomerge.config import FitnessSpec
-from evomerge.objective import FAILED, Objective, task_means
+from evomerge.errors import UserError
+from evomerge.fitness import FitnessSpec
+from evomerge.objective import Objective, column_mean
 from evomerge.schema import validated
 
 
@@ -35,11 +36,9 @@ def plain(spec: FitnessSpec) -> Objective:
 def test_means_are_in_float64() -> None:
     """A task's mean does not lose digits over many float32 scores."""
     column = np.full(1_000_000, 0.1, np.float32)
-    spec = fitness({})
 
-    assert task_means({"t0": {"accuracy": column}}, spec.tasks)["t0"] == pytest.approx(
-        float(np.float32(0.1)), abs=1e-12
-    )
+    mean = column_mean({"t0": {"accuracy": column}}, "t0", "accuracy")
+    assert mean == pytest.approx(float(np.float32(0.1)), abs=1e-12)
 
 
 def test_higher_scores_are_lower_losses() -> None:
@@ -59,7 +58,8 @@ def test_weights_are_shares() -> None:
 
 def bound(spec: FitnessSpec, metric: str = "accuracy") -> Objective:
     """Base at 0.5 and 0.4; baselines up to 0.9 and 0.6 (or down to 0.1 and 0.2)."""
-    others = [scores(0.9, 0.3, metric=metric), scores(0.1, 0.6, metric=metric), scores(0.3, 0.2, metric=metric)]
+    means = {"a": (0.9, 0.3), "b": (0.1, 0.6), "uniform": (0.3, 0.2)}
+    others = {name: scores(*m, metric=metric) for name, m in means.items()}
     return Objective.bind(spec, scores(0.5, 0.4, metric=metric), others)
 
 
@@ -67,11 +67,11 @@ def test_references_are_base_and_best() -> None:
     """`low` is the base, `high` the best baseline of each task, in the metric's own direction; the base is one."""
     up = bound(fitness({}, {}))
     down = bound(fitness({"metric": "cross_entropy"}, {"metric": "cross_entropy"}), "cross_entropy")
-    alone = Objective.bind(fitness({}), scores(0.5), [scores(0.2)])
+    alone = Objective.bind(fitness({}), scores(0.5), {"a": scores(0.2)})
 
-    assert up.low == {"t0": pytest.approx(0.5), "t1": pytest.approx(0.4)}
-    assert up.high == {"t0": pytest.approx(0.9), "t1": pytest.approx(0.6)}
-    assert down.high == {"t0": pytest.approx(0.1), "t1": pytest.approx(0.2)}
+    assert up.low == {("t0", "accuracy"): pytest.approx(0.5), ("t1", "accuracy"): pytest.approx(0.4)}
+    assert up.high == {("t0", "accuracy"): pytest.approx(0.9), ("t1", "accuracy"): pytest.approx(0.6)}
+    assert down.high == {("t0", "cross_entropy"): pytest.approx(0.1), ("t1", "cross_entropy"): pytest.approx(0.2)}
     assert alone.high == alone.low
 
 
@@ -100,7 +100,7 @@ def test_recovered_gain_of_a_lower_metric() -> None:
 @pytest.mark.parametrize("base", [0.5, 0.0])
 def test_no_gain_to_recover(metric: str, better: float, worse: float, base: float) -> None:
     """Where no baseline beats the base, its own score is the unit: better is still better."""
-    o = Objective.bind(fitness({"metric": metric}, objective="recovered_gain"), scores(base, metric=metric), [])
+    o = Objective.bind(fitness({"metric": metric}, objective="recovered_gain"), scores(base, metric=metric), {})
     at_base = loss(o, base, metric=metric)
 
     assert at_base == pytest.approx(0.0, abs=1e-5)
@@ -124,14 +124,66 @@ def test_floor_prices_forgetting() -> None:
 def test_floor_of_a_lower_metric() -> None:
     """For cross-entropy, falling below the base means rising above it."""
     spec = fitness({"metric": "cross_entropy"}, floor={"penalty": 2.0})
-    o = Objective.bind(spec, scores(0.5, metric="cross_entropy"), [])
+    o = Objective.bind(spec, scores(0.5, metric="cross_entropy"), {})
 
     assert loss(o, 0.4, metric="cross_entropy") == pytest.approx(0.4)
     assert loss(o, 0.7, metric="cross_entropy") == pytest.approx(0.7 + 2.0 * 0.2)
 
 
 def test_failures_lose_without_bound() -> None:
-    """The loss of a failure is +inf and cannot be changed by accident."""
-    assert FAILED.tolist() == [np.inf]
-    with pytest.raises(ValueError, match="read-only"):
-        FAILED[0] = 0.0
+    """A failure has +inf in every objective."""
+    assert plain(fitness({})).failed.tolist() == [np.inf]
+    assert plain(fitness({}, objectives=[{"name": "a"}, {"name": "b"}])).failed.tolist() == [np.inf, np.inf]
+
+
+# -- several objectives --------------------------------------------------------------------------------------
+
+
+def test_objectives_are_losses_in_their_order() -> None:
+    """Each objective has its own tasks and weights; a lower-is-better metric counts as it is."""
+    goals = [
+        {"name": "first", "tasks": ["t0"]},
+        {"name": "both", "tasks": {"t0": 1, "t1": 3}},
+        {"name": "entropy", "tasks": ["t1"], "metric": "cross_entropy"},
+    ]
+    given = scores(0.8, 0.4)
+    given["t1"]["cross_entropy"] = np.array([1.0, 2.0], np.float32)
+    o = plain(fitness({}, {}, objectives=goals))
+
+    assert o.losses(given) == pytest.approx([-0.8, -(0.25 * 0.8 + 0.75 * 0.4), 1.5])
+    assert o.spec.metrics_of(o.spec.tasks[1]) == ("accuracy", "cross_entropy")
+
+
+def test_forgetting_is_what_was_lost_against_the_base() -> None:
+    """Only tasks below the base count, by how far; a floor does not price it twice."""
+    goals = [{"name": "forgotten", "kind": "forgetting"}]
+    o = bound(fitness({}, {}, objectives=goals, floor={"penalty": 3.0}))
+
+    assert loss(o, 0.5, 0.4) == pytest.approx(0.0, abs=1e-7)
+    assert loss(o, 0.9, 0.9) == 0.0
+    assert loss(o, 0.3, 0.9) == pytest.approx(0.5 * 0.2)
+
+
+def test_recovered_gain_against_the_tasks_own_expert() -> None:
+    """`expert` names whose gain is the unit, also where another baseline does better."""
+    o = bound(fitness({"expert": "uniform"}, {"expert": "b"}, objective="recovered_gain"))
+
+    assert o.high["t0", "accuracy"] == pytest.approx(0.3)
+    assert loss(o, 0.5, 0.5) == pytest.approx(-0.25)
+
+
+@pytest.mark.parametrize(
+    ("goals", "words"),
+    [
+        ([{"name": "a", "tasks": ["t9"]}], "there is no task 't9'"),
+        ([{"name": "a"}, {"name": "a"}], "names must differ"),
+        ([{"name": "a", "metric": "acuracy"}], "did you mean 'accuracy'"),
+        ([{"name": "a", "tasks": {"t0": 0}}], "weights must be above 0"),
+        ([{"name": "a", "tasks": []}], "at least one task"),
+        ([{"name": "a", "kind": "gain"}], "recovered_gain"),
+    ],
+)
+def test_bad_objectives(goals: list[dict[str, Any]], words: str) -> None:
+    """Each complaint is one line that names the objective or the key."""
+    with pytest.raises(UserError, match=words):
+        fitness({}, objectives=goals)

@@ -52,7 +52,7 @@ def allowance(total: int | None = 8, minutes: float | None = None) -> Any:
 
 def candidate(t: Terminal, number: int, loss: float = -0.5, e: Evaluation = OK) -> None:
     t.scored("search", ITEMS, e)
-    t.kept(number, "search", loss, e)
+    t.kept(number, "search", np.array([loss]), e)
 
 
 def test_first_line_says_what_will_be_done(clock: Any) -> None:
@@ -156,7 +156,7 @@ def test_silent_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
     s = Silent()
     s.begin(prepared(), allowance())
     s.scored("search", ITEMS, OK)
-    s.kept(0, "search", 0.0, OK)
+    s.kept(0, "search", np.zeros(1), OK)
     s.note("x")
     s.end()
 

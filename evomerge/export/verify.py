@@ -12,6 +12,7 @@ from evomerge.errors import RunError, UserError
 from evomerge.export.hf import RECIPE, RECORD, build_weights, tensor_sha256
 from evomerge.pool import Checkpoint, ModelPool
 from evomerge.recipe import Recipe
+from evomerge.tasks.base import NOTHING, Allowed
 from evomerge.yamlio import load_yaml
 
 
@@ -40,7 +41,7 @@ SCORE_TOLERANCE = 1e-4
 """Absolute, on a task's mean: the noise of fp32 log-probabilities between machines."""
 
 
-def verify(path: Path) -> Verification:
+def verify(path: Path, allow: Allowed = NOTHING) -> Verification:
     """Rebuild and compare. Raises UserError where `path` is no export or a source is missing or changed."""
     record = read_record(path)
     recipe = Recipe.load(path / RECIPE)
@@ -64,7 +65,7 @@ def verify(path: Path) -> Verification:
     scores: dict[str, float] = {}
     if record.get("fitness") and record.get("scores"):
         try:
-            scores = _score_differences(path, record)
+            scores = _score_differences(path, record, allow)
         except (RunError, UserError) as e:
             problems.append(f"cannot be scored: {e}")
         problems += [f"{k} differs by {v:.2g}" for k, v in scores.items() if not v <= SCORE_TOLERANCE]
@@ -95,16 +96,16 @@ def open_recipe_pool(recipe: Recipe, paths: Mapping[str, Path]) -> tuple[ModelPo
     return pool, pool.manifest()
 
 
-def _score_differences(path: Path, record: Mapping[str, Any]) -> dict[str, float]:
+def _score_differences(path: Path, record: Mapping[str, Any], allow: Allowed) -> dict[str, float]:
     """|score now - score in the record| by split, task and metric."""
-    from evomerge.config import FitnessSpec
+    from evomerge.fitness import FitnessSpec
     from evomerge.schema import validated
     from evomerge.standalone import score_folder
 
     fitness = validated(FitnessSpec, record["fitness"], str(path / RECORD))
     out = {}
     for split, tasks in record["scores"].items():
-        now = score_folder(path, fitness, splits=(split,))[split]
+        now = score_folder(path, fitness, splits=(split,), allow=allow)[split]
         for task, metrics in tasks.items():
             for metric, value in metrics.items():
                 out[f"{split}.{task}.{metric}"] = abs(float(now[task][metric].mean()) - float(value))

@@ -60,6 +60,17 @@ class Builder:
             )
         return len(changed)
 
+    def distance(self) -> float:
+        """||theta - theta_0|| / ||theta_0|| over all weights of what is built, in float64."""
+        moved = norm = 0.0
+        with torch.no_grad():
+            for t in self.bank.manifest.tensors:
+                base = self.bank.flat[self.bank.manifest.base][t.offset : t.offset + t.size].double()
+                built = self.buffer[t.offset : t.offset + t.size].double()
+                moved += float((built - base).square().sum())
+                norm += float(base.square().sum())
+        return float((moved / norm) ** 0.5) if norm else 0.0
+
     def _write(self, block: str, rule: Rule | None) -> Tensor:
         view = self.bank.view(block)
         out = self.buffer[view.block.start : view.block.stop]

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from evomerge.history import History
+from evomerge.pareto import fronts, order
 from evomerge.rundir import TELEMETRY, read_telemetry
 from evomerge.yamlio import dump_yaml
 
@@ -25,13 +26,9 @@ def status(path: Path) -> dict[str, Any]:
     for _, _, r in results:
         if not r.ok:
             failures[r.status] = failures.get(r.status, 0) + 1
-    objective = h.objective("search")
-    losses = {}
-    if objective is not None:
-        for e in h.entries.values():
-            if (scores := e.scores("search")) is not None:
-                losses[e.id] = float(objective.losses(scores)[0])
-    best = min(losses, key=lambda i: (losses[i], i)) if losses else None
+    losses = {e.id: h.losses(e, "search") for e in h.entries.values() if e.scores("search") is not None}
+    losses = {i: x for i, x in losses.items() if np.isfinite(x).all()}
+    best = list(losses)[int(order(np.array(list(losses.values())))[0])] if losses else None
     lines = [t for t in read_telemetry(path / TELEMETRY) if "proposal" in t]
     sizes = {s: sum(len(i) for i in ids.values()) for s, ids in h.item_ids.items()}
     phase = "finished" if h.stopped else "final" if h.final else "searching" if searched else "baselines"
@@ -44,7 +41,8 @@ def status(path: Path) -> dict[str, Any]:
         "items": sum(sizes[s] for _, s, _ in results),
         "failures": failures,
         "best": best,
-        "best_loss": None if best is None else losses[best],
+        "best_loss": None if best is None or len(h.goals) > 1 else float(losses[best][0]),
+        "front": None if len(h.goals) == 1 else int(sum(fronts(np.array(list(losses.values()))) == 0)) if losses else 0,
         "winner": h.winner_id,
         "run_seconds": lines[-1]["run_seconds"] if lines else 0.0,
         "seconds_left": _left(h, len(searched), lines),
@@ -107,7 +105,9 @@ def status_text(s: dict[str, Any]) -> str:
         f"{s['name']}: {s['phase']}; {s['scored']} of {s['candidates']} asked candidates scored (budget {budget})",
         f"{s['items']:,} item evaluations in {s['run_seconds']:.0f} s",
     ]
-    if s["best"] is not None:
+    if s["front"] is not None:
+        lines.append(f"{s['front']} candidates on the front of the search split")
+    elif s["best"] is not None:
         lines.append(f"best on search: candidate {s['best']}, loss {s['best_loss']:.4f}")
     if s["winner"] is not None:
         lines.append(f"winner: candidate {s['winner']}")
@@ -133,7 +133,7 @@ def candidate(history: History, number: int) -> dict[str, Any]:
     entry = history.entry(number)
     splits = {}
     for split, result in entry.results.items():
-        loss = history.loss(entry, split)
+        losses = history.losses(entry, split).tolist()
         means: dict[str, Any] = {}
         if result.scores is not None:
             means = {
@@ -142,7 +142,7 @@ def candidate(history: History, number: int) -> dict[str, Any]:
         splits[split] = {
             "status": result.status,
             "reason": result.reason,
-            "loss": loss if math.isfinite(loss) else None,
+            "losses": {g: x if math.isfinite(x) else None for g, x in zip(history.goals, losses, strict=True)},
             "scores": means,
         }
     recipe = history.recipe(number)
@@ -168,7 +168,9 @@ def candidate_text(history: History, data: dict[str, Any]) -> str:
             lines.append(f"# {split}: {s['status']} {s['reason']}")
             continue
         means = "  ".join(f"{t.name} {s['scores'][t.name][t.report_metric]:.3f}" for t in history.experiment.tasks)
-        lines.append(f"# {split:<7} loss {s['loss']:.4f}  {means}")
+        losses = "  ".join(f"{g} {x:.4f}" for g, x in s["losses"].items() if x is not None)
+        prefix = "" if len(history.goals) == 1 else "losses: "
+        lines.append(f"# {split:<7} {prefix}{losses}  {means}")
     recipe = dict(data["recipe"])
     paths = history.source_paths()
     recipe["sources"] = {n: {**s, "path": str(paths[n])} for n, s in recipe.get("sources", {}).items()}

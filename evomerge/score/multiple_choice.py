@@ -27,16 +27,54 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from evomerge.errors import RunError, UserError
-from evomerge.score.plan import ChoiceTree, Plan, PlanShape
-from evomerge.score.tasks import SPLITS, Item, TaskSpec
+from evomerge.errors import UserError
+from evomerge.score.model import NonFinite
+from evomerge.score.plan import Plan, Scorable, Target, places
+from evomerge.tasks.base import Item
+from evomerge.tasks.multiple_choice import MultipleChoiceSpec
 
 MIN_PREFIX = 16
 """Tokens. A shorter common prefix is cheaper to run with every item than to keep as keys and values."""
 
 
-class NonFinite(RunError):
-    """The model's logits are NaN or infinite."""
+@dataclass(frozen=True)
+class ChoiceTree:
+    """One item as a tree: the context once, every choice as a branch of its last token.
+
+    `tokens`, `positions`, `segments` have one entry per input token, shape (L,): segment 0 is the context
+    behind the shared prefix, segment c + 1 the branch of choice c. Scored are `targets` at `rows` (indices
+    into the input tokens) for choice `owners`; a choice's log-probability is the sum over its targets.
+    `lengths` are the choices' characters, by which `accuracy_norm` divides.
+    """
+
+    tokens: NDArray[np.int32]
+    positions: NDArray[np.int32]
+    segments: NDArray[np.int32]
+    rows: NDArray[np.int32]
+    targets: NDArray[np.int32]
+    owners: NDArray[np.int32]
+    lengths: tuple[int, ...]
+    gold: int
+
+
+@dataclass(frozen=True)
+class ChoicePlan(Plan):
+    """A compiled multiple-choice task. `prefix` holds the tokens that all contexts share, shape (P,)."""
+
+    prefix: NDArray[np.int32]
+    trees: tuple[ChoiceTree, ...]
+
+    def content(self) -> list[Any]:
+        """Every token."""
+        rows = [
+            [t.tokens.tolist(), t.segments.tolist(), t.rows.tolist(), t.targets.tolist(), t.lengths, t.gold]
+            for t in self.trees
+        ]
+        return [self.prefix.tolist(), rows]
+
+    def tokens(self, positions: Sequence[int]) -> int:
+        """Tokens computed for these items, the prefix once."""
+        return len(self.prefix) + sum(len(self.trees[i].tokens) for i in positions)
 
 
 @dataclass(frozen=True)
@@ -63,13 +101,13 @@ class MultipleChoice:
 
     # -- compile ------------------------------------------------------------------------------------------
 
-    def compile(self, spec: TaskSpec, items: tuple[Item, ...], tokenizer: Any, limit: int, shape: PlanShape) -> Plan:
+    def compile(self, spec: MultipleChoiceSpec, items: tuple[Item, ...], target: Target) -> ChoicePlan:
         """Tokenise and lay out every item.
 
-        `limit` is the model's context length in tokens. Raises UserError naming the item where a choice
-        adds no token, where an item is longer than the limit, or where there is no end-of-text token to
-        close choices with.
+        Raises UserError naming the item where a choice adds no token, where an item is longer than the model's
+        context, or where there is no end-of-text token to close choices with.
         """
+        tokenizer = target.tokenizer
         closing: list[int] = []
         if spec.end_of_text:
             if tokenizer.eos_token_id is None:
@@ -77,35 +115,32 @@ class MultipleChoice:
             closing = [int(tokenizer.eos_token_id)]
         contexts, answers = [], []
         for item in items:
-            context, choices = _encode(tokenizer, spec.prefix + item.prompt, item, closing)
+            context, choices = _encode(tokenizer, spec.prefix + item.content.prompt, item, closing)
             if not context:
                 raise UserError(f"{item.where}: the prompt is empty and the tokenizer adds no token in front")
             longest = len(context) + max(len(c) for c in choices)
-            if longest > limit:
-                raise UserError(f"{item.where}: {longest} tokens with its longest choice; the model takes {limit}")
+            if longest > target.limit:
+                raise UserError(
+                    f"{item.where}: {longest} tokens with its longest choice; the model takes {target.limit}"
+                )
             contexts.append(context)
             answers.append(choices)
         shared = _common_prefix(contexts)
         shared = shared if shared >= MIN_PREFIX else 0
         trees = tuple(_tree(c[shared:], a, shared, item) for c, a, item in zip(contexts, answers, items, strict=True))
-        return Plan(
-            task=spec.name,
-            kind=spec.kind,
-            shape=shape,
-            prefix=np.array(contexts[0][:shared], dtype=np.int32),
-            trees=trees,
-            item_ids=tuple(i.id for i in items),
-            splits={s: tuple(n for n, i in enumerate(items) if i.split == s) for s in SPLITS},
-        )
+        prefix = np.array(contexts[0][:shared], dtype=np.int32)
+        return ChoicePlan(**places(spec, items, target.shape), prefix=prefix, trees=trees)
 
     # -- score --------------------------------------------------------------------------------------------
 
-    def score(self, model: Any, plan: Plan, positions: tuple[int, ...]) -> Mapping[str, NDArray[np.float32]]:
+    def score(
+        self, candidate: Scorable, plan: ChoicePlan, positions: tuple[int, ...]
+    ) -> Mapping[str, NDArray[np.float32]]:
         """All columns for the items at `positions` of the plan. Raises NonFinite on NaN logits."""
-        sums = self.choice_logprobs(model, plan, positions)
+        sums = self.choice_logprobs(candidate.model, plan, positions)
         return columns(sums, [plan.trees[i] for i in positions])
 
-    def choice_logprobs(self, model: Any, plan: Plan, positions: tuple[int, ...]) -> list[NDArray[np.float64]]:
+    def choice_logprobs(self, model: Any, plan: ChoicePlan, positions: tuple[int, ...]) -> list[NDArray[np.float64]]:
         """Per item the summed log-probability of every choice, shape (n_choices,), in nats."""
         key = (plan.id, positions)
         if key not in self._prepared:
@@ -153,7 +188,7 @@ def _encode(tokenizer: Any, context: str, item: Item, closing: list[int]) -> tup
     blanks = context[len(stripped) :]
     ids: list[int] = list(tokenizer(stripped)["input_ids"])
     choices = []
-    for text in item.choices:
+    for text in item.content.choices:
         whole: list[int] = list(tokenizer(stripped + blanks + text)["input_ids"])
         answer = whole[len(ids) :] + closing
         if len(whole) <= len(ids):
@@ -196,12 +231,12 @@ def _tree(context: Sequence[int], choices: Sequence[Sequence[int]], offset: int,
         rows=np.array(rows, dtype=np.int32),
         targets=np.array(targets, dtype=np.int32),
         owners=np.array(owners, dtype=np.int32),
-        lengths=tuple(len(c) for c in item.choices),
-        gold=item.gold,
+        lengths=tuple(len(c) for c in item.content.choices),
+        gold=item.content.gold,
     )
 
 
-def _batches(model: Any, plan: Plan, positions: tuple[int, ...]) -> Iterator[_Batch]:
+def _batches(model: Any, plan: ChoicePlan, positions: tuple[int, ...]) -> Iterator[_Batch]:
     """Items by length, so that a batch pads little; ties by position, so that the order is fixed."""
     order = sorted(range(len(positions)), key=lambda i: (len(plan.trees[positions[i]].tokens), positions[i]))
     group: list[int] = []
@@ -215,7 +250,7 @@ def _batches(model: Any, plan: Plan, positions: tuple[int, ...]) -> Iterator[_Ba
         yield _batch(model, plan, positions, group)
 
 
-def _batch(model: Any, plan: Plan, positions: tuple[int, ...], group: list[int]) -> _Batch:
+def _batch(model: Any, plan: ChoicePlan, positions: tuple[int, ...], group: list[int]) -> _Batch:
     trees = [plan.trees[positions[i]] for i in group]
     b, length = len(trees), max(len(t.tokens) for t in trees)
     tokens = np.zeros((b, length), dtype=np.int64)
@@ -285,7 +320,7 @@ def _windows(config: Any) -> dict[str, int | None]:
     return {k: int(window) if window is not None and k == "sliding_attention" else None for k in sorted(set(kinds))}
 
 
-def _prefix_cache(model: Any, plan: Plan) -> Any:
+def _prefix_cache(model: Any, plan: ChoicePlan) -> Any:
     """Keys and values of the shared prefix, batch size 1, or None."""
     if not len(plan.prefix):
         return None

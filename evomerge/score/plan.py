@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
-import numpy as np
 from numpy.typing import NDArray
 
 from evomerge.canonical import digest
 from evomerge.proposal import ItemSet
-from evomerge.score.tasks import Item, TaskSpec
+from evomerge.tasks.base import SPLITS, Item, TaskSpec
 
 
 @dataclass(frozen=True)
@@ -28,61 +27,70 @@ class PlanShape:
 
 
 @dataclass(frozen=True)
-class ChoiceTree:
-    """One item as a tree: the context once, every choice as a branch of its last token.
+class Target:
+    """What tasks are compiled for: the base's tokenizer, its context length in tokens, and the batch shape."""
 
-    `tokens`, `positions`, `segments` have one entry per input token, shape (L,): segment 0 is the context
-    behind the shared prefix, segment c + 1 the branch of choice c. Scored are `targets` at `rows` (indices
-    into the input tokens) for choice `owners`; a choice's log-probability is the sum over its targets.
-    `lengths` are the choices' characters, by which `accuracy_norm` divides.
+    tokenizer: Any
+    limit: int
+    shape: PlanShape
+
+
+@dataclass(frozen=True)
+class Scorable:
+    """One candidate, built: a stock transformers model, its tokenizer, and how far its weights are from the base.
+
+    `distance()` is the relative distance ||theta - theta_0|| / ||theta_0|| over all weights.
     """
 
-    tokens: NDArray[np.int32]
-    positions: NDArray[np.int32]
-    segments: NDArray[np.int32]
-    rows: NDArray[np.int32]
-    targets: NDArray[np.int32]
-    owners: NDArray[np.int32]
-    lengths: tuple[int, ...]
-    gold: int
+    model: Any
+    tokenizer: Any
+    distance: Callable[[], float]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A compiled multiple-choice task. `prefix` holds the tokens that all contexts share, shape (P,)."""
+    """A compiled task; each kind adds what it scores. `item_ids` and `splits` are in the order of the items."""
 
     task: str
     kind: str
     shape: PlanShape
-    prefix: NDArray[np.int32]
-    trees: tuple[ChoiceTree, ...]
     item_ids: tuple[str, ...]
     splits: Mapping[str, tuple[int, ...]]
 
     @cached_property
     def id(self) -> str:
-        """Hash of every token and the shape: equal ids mean equal scores. Part of the score cache's key."""
-        rows = [
-            [t.tokens.tolist(), t.segments.tolist(), t.rows.tolist(), t.targets.tolist(), t.lengths, t.gold]
-            for t in self.trees
-        ]
-        return digest([self.task, self.kind, self.shape.to_json(), self.prefix.tolist(), rows, self.item_ids])
+        """Hash of all that scores depend on: equal ids mean equal scores. Part of the score cache's key."""
+        return digest([self.task, self.kind, self.shape.to_json(), *self.content(), self.item_ids])
 
-    @property
-    def input_tokens(self) -> int:
-        """Tokens computed for all items, the prefix once."""
-        return len(self.prefix) + sum(len(t.tokens) for t in self.trees)
+    def content(self) -> Sequence[Any]:
+        """Plain data of what is scored and how, for `id`."""
+        raise NotImplementedError
+
+    def tokens(self, positions: Sequence[int]) -> int:
+        """Tokens that the model computes for these items, padding apart; an upper bound where that is not known."""
+        raise NotImplementedError
+
+
+def places(spec: TaskSpec, items: Sequence[Item], shape: PlanShape) -> dict[str, Any]:
+    """The fields that all plans share, from a task's items."""
+    return {
+        "task": spec.name,
+        "kind": spec.kind,
+        "shape": shape,
+        "item_ids": tuple(i.id for i in items),
+        "splits": {s: tuple(n for n, i in enumerate(items) if i.split == s) for s in SPLITS},
+    }
 
 
 class Scorer(Protocol):
     """One kind of task: compile once, score many models."""
 
-    def compile(self, spec: TaskSpec, items: tuple[Item, ...], tokenizer: Any, limit: int, shape: PlanShape) -> Plan:
+    def compile(self, spec: Any, items: tuple[Item, ...], target: Target) -> Plan:
         """Tokenise and lay out every item. Raises UserError for items that do not fit the model."""
         ...
 
-    def score(self, model: Any, plan: Plan, positions: tuple[int, ...]) -> Mapping[str, NDArray[np.float32]]:
-        """metric -> one score per item, in the order of `positions`."""
+    def score(self, candidate: Scorable, plan: Any, positions: tuple[int, ...]) -> Mapping[str, NDArray[Any]]:
+        """metric -> one float32 score per item, in the order of `positions`. Raises NonFinite on NaN logits."""
         ...
 
 

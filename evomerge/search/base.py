@@ -16,7 +16,7 @@ class Needs:
     `scope`: within which set of proposals losses must be comparable (scored on the same items).
     """
 
-    objectives: Literal["one", "several"] = "one"
+    objectives: Literal["one", "several", "any"] = "one"
     axis_kinds: frozenset[str] = frozenset({"float", "int", "categorical"})
     per_item_scores: bool = False
     scope: Literal["generation", "archive"] = "generation"

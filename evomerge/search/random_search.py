@@ -5,7 +5,6 @@ Bergstra and Bengio 2012, "Random Search for Hyper-Parameter Optimization", JMLR
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -31,7 +30,7 @@ class Options:
 class RandomSearch:
     """Uniform proposals; the first one is the start. Recommends the best seen."""
 
-    needs = Needs(steady=True)
+    needs = Needs(objectives="any", steady=True)
 
     def __init__(
         self,
@@ -48,7 +47,6 @@ class RandomSearch:
         self._population = (options or Options()).population
         self._asked = 0
         self._waiting: set[int] = set()
-        self._best: tuple[float, Proposal] | None = None
 
     def ask(self, n: int) -> list[Proposal]:
         """Up to n points, at most to the end of a generation, uniform in [0, 1)^n_axes. Waits for nothing."""
@@ -65,15 +63,13 @@ class RandomSearch:
         return out
 
     def tell(self, p: Proposal, r: Result) -> None:
-        """Remember the best. Raises ValueError for a proposal that was not asked or was told already,
+        """Learn nothing. Raises ValueError for a proposal that was not asked or was told already,
         or a NaN loss."""
         if p.id not in self._waiting:
             raise ValueError(f"proposal {p.id} was told but is not waiting; was it returned by ask()?")
-        if math.isnan(r.loss):
+        if np.isnan(r.losses).any():
             raise ValueError(f"proposal {p.id} was told a loss of NaN; failures are +inf")
         self._waiting.remove(p.id)
-        if math.isfinite(r.loss) and (self._best is None or r.loss < self._best[0]):
-            self._best = (r.loss, p)
 
     def stop(self) -> Mapping[str, float]:
         """Never by itself: the budget ends a random search."""

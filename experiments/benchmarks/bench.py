@@ -42,10 +42,11 @@ from evomerge.proposal import Job, WorkUnit
 from evomerge.recipe import Recipe
 from evomerge.run import run, search
 from evomerge.rundir import read_telemetry
-from evomerge.score.multiple_choice import MultipleChoice
-from evomerge.score.plan import ChoiceTree, Plan, PlanShape
-from evomerge.score.tasks import METRICS, Item, TaskSpec
+from evomerge.score.multiple_choice import ChoicePlan, ChoiceTree, MultipleChoice
+from evomerge.score.plan import PlanShape, Target
 from evomerge.space import RuleSpace
+from evomerge.tasks.base import Item
+from evomerge.tasks.multiple_choice import Choices, MultipleChoiceSpec
 from evomerge.workers.fake import FakeEvaluator
 
 HERE = Path(__file__).resolve().parent
@@ -236,21 +237,19 @@ class _Words:
         return {"input_ids": [int(w) for w in text.split()]}
 
 
-def _plan(items: list[tuple[Tokens, list[Tokens]]], shape: PlanShape) -> Plan:
-    spec = TaskSpec(name="bench", splits={"search": "-", "select": "-", "report": "-"})
+def _plan(items: list[tuple[Tokens, list[Tokens]]], shape: PlanShape) -> ChoicePlan:
+    spec = MultipleChoiceSpec(name="bench", splits={"search": "-", "select": "-", "report": "-"})
     records = tuple(
         Item(
             str(i),
             "search",
-            " ".join(map(str, c)),
-            tuple(" " + " ".join(map(str, a)) for a in choices),
-            0,
             str(i),
             str(i),
+            Choices(" ".join(map(str, c)), tuple(" " + " ".join(map(str, a)) for a in choices), 0),
         )
         for i, (c, choices) in enumerate(items)
     )
-    return MultipleChoice().compile(spec, records, _Words(), 2048, shape)
+    return MultipleChoice().compile(spec, records, Target(_Words(), 2048, shape))
 
 
 @torch.inference_mode()
@@ -332,9 +331,8 @@ def _overhead(algorithm: str, candidates: int) -> Row:
     splits = {"search": tuple(range(items)), "select": (items,), "report": (items + 1,)}
     none = np.zeros(1, dtype=np.int32)
     tree = ChoiceTree(none, none, none, none, none, none, (1, 1), 0)
-    plan = Plan(
-        "t", "multiple_choice", PlanShape(), none[:0], (tree,) * (items + 2), tuple(map(str, range(items + 2))), splits
-    )
+    names = tuple(map(str, range(items + 2)))
+    plan = ChoicePlan("t", "multiple_choice", PlanShape(), names, splits, none[:0], (tree,) * (items + 2))
     space = RuleSpace(experiment.stages[0].space, manifest, "float32")
     prepared = _Overhead(experiment, manifest, "float32", {"t": plan}, (space,), "cpu", ())
     with tempfile.TemporaryDirectory() as temporary:
@@ -359,9 +357,9 @@ def messages() -> list[Row]:
     prepared = prepare(load("quickstart"))
     space, items = prepared.spaces[-1], prepared.items["search"]
     unit = WorkUnit(0, (Job(0, 0, space.decode(space.default, prepared.manifest), items),))
-    answer = FakeEvaluator(metrics=tuple(METRICS)).evaluate(unit)
+    answer = FakeEvaluator(metrics=tuple(MultipleChoiceSpec.metrics)).evaluate(unit)
     return [
-        {"what": f"messages, {len(space.axes)} axes, {items.count} items, {len(METRICS)} metrics"}
+        {"what": f"messages, {len(space.axes)} axes, {items.count} items, {len(MultipleChoiceSpec.metrics)} metrics"}
         | {"bytes there": len(pickle.dumps(unit)), "bytes back": len(pickle.dumps(answer))}
     ]
 

@@ -72,6 +72,7 @@ def test_failures_are_counted_by_kind() -> None:
         "seconds_left": 12.0,
         "cached": 2,
         "looks": 0,
+        "front": None,
         "workers": [],
     }
 
@@ -91,7 +92,7 @@ def test_candidate_in_full(finished_run: Path, number: int) -> None:
 
     assert (data["id"], data["role"], data["recipe_id"]) == (number, entry.role, entry.recipe_id)
     assert set(data["splits"]) == set(entry.results)
-    assert data["splits"]["search"]["loss"] == history.loss(entry, "search")
+    assert data["splits"]["search"]["losses"] == {"loss": history.loss(entry, "search")}
     assert 0 <= data["splits"]["search"]["scores"]["sums"]["probability"] <= 1
     assert data["winner"] == (number == history.winner_id)
     json.dumps(data)

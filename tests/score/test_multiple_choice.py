@@ -13,9 +13,11 @@ import torch
 
 from evomerge.errors import UserError
 from evomerge.merge.live import load_tokenizer
-from evomerge.score.multiple_choice import MIN_PREFIX, MultipleChoice, NonFinite, columns
-from evomerge.score.plan import ChoiceTree, Plan, PlanShape
-from evomerge.score.tasks import Item, TaskSpec, load_items
+from evomerge.score.model import NonFinite
+from evomerge.score.multiple_choice import MIN_PREFIX, ChoicePlan, ChoiceTree, MultipleChoice, columns
+from evomerge.score.plan import PlanShape, Scorable, Target
+from evomerge.tasks.base import Item, load_items
+from evomerge.tasks.multiple_choice import Choices, MultipleChoiceSpec
 
 TESTS = Path(__file__).parents[1]
 GOLDENS = json.loads((TESTS / "goldens" / "scoring.json").read_text())
@@ -25,7 +27,8 @@ TOLERANCE = 1e-5
 
 
 def item(prompt: str, choices: Sequence[str], gold: int = 0, name: str = "") -> Item:
-    return Item(name or prompt, "search", prompt, tuple(choices), gold, "", f"items.jsonl:{name or prompt[:12]}")
+    content = Choices(prompt, tuple(choices), gold)
+    return Item(name or prompt, "search", f"items.jsonl:{name or prompt[:12]}", "", content)
 
 
 ITEMS = (
@@ -45,12 +48,16 @@ def stock(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def spec(**fields: Any) -> TaskSpec:
-    return TaskSpec(name="t", data="x.jsonl", **fields)
+def scorable(model: Any) -> Scorable:
+    return Scorable(model, None, lambda: 0.0)
 
 
-def compiled(folder: Path, items: tuple[Item, ...] = ITEMS, batch_tokens: int = 4096, **fields: Any) -> Plan:
-    return MultipleChoice().compile(spec(**fields), items, load_tokenizer(folder), 256, PlanShape(batch_tokens))
+def spec(**fields: Any) -> MultipleChoiceSpec:
+    return MultipleChoiceSpec(name="t", data="x.jsonl", **fields)
+
+
+def compiled(folder: Path, items: tuple[Item, ...] = ITEMS, batch_tokens: int = 4096, **fields: Any) -> ChoicePlan:
+    return MultipleChoice().compile(spec(**fields), items, Target(load_tokenizer(folder), 256, PlanShape(batch_tokens)))
 
 
 @torch.inference_mode()
@@ -59,10 +66,10 @@ def plain(model: Any, folder: Path, items: Sequence[Item], prefix: str = "", end
     tokenizer = load_tokenizer(folder)
     out = []
     for i in items:
-        context = prefix + i.prompt
+        context = prefix + i.content.prompt
         start = tokenizer(context.rstrip())["input_ids"]
         rows = []
-        for choice in i.choices:
+        for choice in i.content.choices:
             whole = tokenizer(context + choice)["input_ids"] + [tokenizer.eos_token_id] * end_of_text
             log_p = torch.log_softmax(model(torch.tensor([whole]), use_cache=False).logits[0].double(), -1)
             at = range(len(start), len(whole))
@@ -209,11 +216,11 @@ def test_weights_may_change_under_a_scorer(tiny_model: Any) -> None:
     model, other = map(stock, folders)
     plan = compiled(folders[0], prefix=STORY)
     scorer = MultipleChoice()
-    scorer.score(model, plan, (0, 1))
+    scorer.score(scorable(model), plan, (0, 1))
     model.load_state_dict(other.state_dict())
 
-    fresh = MultipleChoice().score(other, plan, (0, 1))
-    assert all(np.array_equal(scorer.score(model, plan, (0, 1))[m], column) for m, column in fresh.items())
+    fresh = MultipleChoice().score(scorable(other), plan, (0, 1))
+    assert all(np.array_equal(scorer.score(scorable(model), plan, (0, 1))[m], column) for m, column in fresh.items())
 
 
 # -- columns --------------------------------------------------------------------------------------------------
@@ -278,7 +285,7 @@ def test_nan_weights_are_a_failure_of_their_own(tiny_model: Any) -> None:
         model.model.norm.weight[3] = float("nan")
 
     with pytest.raises(NonFinite, match="'t'"):
-        MultipleChoice().score(model, compiled(folder), (0, 1, 2))
+        MultipleChoice().score(scorable(model), compiled(folder), (0, 1, 2))
 
 
 def test_items_beyond_the_context_are_named(tiny_model: Any) -> None:
@@ -303,7 +310,7 @@ def test_empty_prompts_need_a_first_token(tiny_model: Any) -> None:
 
     assert len(compiled(folder, (ITEMS[4],)).trees[0].tokens) >= 1
     with pytest.raises(UserError, match=r"items\.jsonl:.*: the prompt is empty"):
-        MultipleChoice().compile(spec(), (ITEMS[4],), NoStart(), 256, PlanShape())
+        MultipleChoice().compile(spec(), (ITEMS[4],), Target(NoStart(), 256, PlanShape()))
 
 
 def test_closing_needs_an_end_of_text_token(tiny_model: Any) -> None:
@@ -312,7 +319,7 @@ def test_closing_needs_an_end_of_text_token(tiny_model: Any) -> None:
     tokenizer.eos_token = None
 
     with pytest.raises(UserError, match="no end-of-text token"):
-        MultipleChoice().compile(spec(end_of_text=True), ITEMS, tokenizer, 256, PlanShape())
+        MultipleChoice().compile(spec(end_of_text=True), ITEMS, Target(tokenizer, 256, PlanShape()))
 
 
 def test_a_choice_that_adds_no_token_is_named(tiny_model: Any) -> None:
@@ -326,7 +333,7 @@ def test_a_choice_that_adds_no_token_is_named(tiny_model: Any) -> None:
             return real(text.removesuffix("#"))
 
     with pytest.raises(UserError, match="the choice '#' adds no token"):
-        MultipleChoice().compile(spec(), (item("Hello", ["#", " a"]),), Swallows(), 256, PlanShape())
+        MultipleChoice().compile(spec(), (item("Hello", ["#", " a"]),), Target(Swallows(), 256, PlanShape()))
 
 
 # -- plans ----------------------------------------------------------------------------------------------------
@@ -338,22 +345,22 @@ def test_shared_tokens_are_computed_once(tiny_model: Any) -> None:
     tokenizer = load_tokenizer(folder)
     plan = compiled(folder, prefix=STORY)
 
-    contexts = [tokenizer((STORY + i.prompt).rstrip())["input_ids"] for i in ITEMS]
+    contexts = [tokenizer((STORY + i.content.prompt).rstrip())["input_ids"] for i in ITEMS]
     choices = [
-        sum(len(tokenizer(STORY + i.prompt + c)["input_ids"]) - len(context) - 1 for c in i.choices)
+        sum(len(tokenizer(STORY + i.content.prompt + c)["input_ids"]) - len(context) - 1 for c in i.content.choices)
         for i, context in zip(ITEMS, contexts, strict=True)
     ]
     shared = len(plan.prefix)
     assert shared == len(tokenizer(STORY.rstrip())["input_ids"]) - 1, "one item's prompt is the prefix alone"
     expected = shared + sum(len(c) - shared for c in contexts) + sum(choices)
-    assert plan.input_tokens == expected
+    assert plan.tokens(range(len(ITEMS))) == expected
 
 
 def test_plan_id_sees_every_token_and_the_shape(tiny_model: Any) -> None:
     """Equal plans have equal ids; another text, gold, shape or closing gives another id."""
     folder = tiny_model("llama")
-    other = (item(ITEMS[0].prompt, ITEMS[0].choices, 2, ITEMS[0].id), *ITEMS[1:])
-    word = (item(ITEMS[0].prompt, [" mat", " table", " sun"], 1, ITEMS[0].id), *ITEMS[1:])
+    other = (item(ITEMS[0].content.prompt, ITEMS[0].content.choices, 2, ITEMS[0].id), *ITEMS[1:])
+    word = (item(ITEMS[0].content.prompt, [" mat", " table", " sun"], 1, ITEMS[0].id), *ITEMS[1:])
     plans = [
         compiled(folder),
         compiled(folder, other),
@@ -370,9 +377,9 @@ def test_plan_id_sees_every_token_and_the_shape(tiny_model: Any) -> None:
 def test_splits_are_positions_in_the_plan(tiny_model: Any, quickstart: Path) -> None:
     """A plan keeps every item's name and split in the order in which the items were read."""
     fields = {"search": 0.7, "select": 0.3, "report": str(quickstart / "data" / "skill_add.jsonl")}
-    task = TaskSpec(name="add", data=str(quickstart / "data" / "skill_add_cal.jsonl"), splits=fields)
+    task = MultipleChoiceSpec(name="add", data=str(quickstart / "data" / "skill_add_cal.jsonl"), splits=fields)
     items = load_items(task, Path())
-    plan = MultipleChoice().compile(task, items, load_tokenizer(tiny_model("llama")), 256, PlanShape())
+    plan = MultipleChoice().compile(task, items, Target(load_tokenizer(tiny_model("llama")), 256, PlanShape()))
 
     assert plan.item_ids == tuple(i.id for i in items)
     for split, at in plan.splits.items():

@@ -14,13 +14,15 @@ from hypothesis import strategies as st
 
 from evomerge.errors import UserError
 from evomerge.schema import validated
-from evomerge.score.tasks import SPLITS, Item, TaskSpec, load_items, normalised, render
+from evomerge.tasks.base import SPLITS, Item, load_items, normalised, render
+from evomerge.tasks.multiple_choice import MultipleChoiceSpec
+from evomerge.tasks.rows import Row
 
 Data = dict[str, Any]
 
 
-def task(**data: Any) -> TaskSpec:
-    return validated(TaskSpec, {"name": "t", "data": "items.jsonl", **data}, "task")
+def task(**data: Any) -> MultipleChoiceSpec:
+    return validated(MultipleChoiceSpec, {"name": "t", "data": "items.jsonl", **data}, "task")
 
 
 def item(n: Any, **other: Any) -> Data:
@@ -39,7 +41,7 @@ def loaded(folder: Path, rows: list[Any], **data: Any) -> tuple[Item, ...]:
 
 
 def splits(items: tuple[Item, ...]) -> dict[str, str]:
-    return {i.prompt: i.split for i in items}
+    return {i.content.prompt: i.split for i in items}
 
 
 def message(folder: Path, rows: list[Any], **data: Any) -> str:
@@ -66,7 +68,7 @@ def test_items_are_rendered_and_ordered(tmp_path: Path) -> None:
         numbers = [int(i.id[1:]) for i in items if i.split == split]
         assert numbers == sorted(numbers)
     first = next(i for i in items if i.id == "q7")
-    assert (first.prompt, first.choices, first.gold) == ("What is 7?", ("a", "b", "c7"), 1)
+    assert (first.content.prompt, first.content.choices, first.content.gold) == ("What is 7?", ("a", "b", "c7"), 1)
     assert first.where == "items.jsonl:8"
 
 
@@ -133,7 +135,7 @@ def test_parallel_items_stay_together(tmp_path: Path) -> None:
 
     by_group: dict[str, set[str]] = {}
     for i in items:
-        by_group.setdefault(i.prompt.split()[-1].split("-")[0], set()).add(i.split)
+        by_group.setdefault(i.content.prompt.split()[-1].split("-")[0], set()).add(i.split)
     assert len(by_group) == 40
     assert all(len(s) == 1 for s in by_group.values())
     assert set().union(*by_group.values()) == set(SPLITS)
@@ -198,8 +200,8 @@ def test_other_fields_and_templates(tmp_path: Path) -> None:
 
     items = loaded(tmp_path, rows, prompt="{a}+{b}=", choice=" {choice}!", choices="opts", gold="right")
 
-    assert {i.prompt for i in items} == {f"{n}+{2 * n}=" for n in range(30)}
-    assert {i.choices for i in items} == {(" x!", " y!")}
+    assert {i.content.prompt for i in items} == {f"{n}+{2 * n}=" for n in range(30)}
+    assert {i.content.choices for i in items} == {(" x!", " y!")}
 
 
 BAD: list[tuple[Any, str]] = [
@@ -269,15 +271,15 @@ def test_templates_only_insert() -> None:
     """A place is replaced by a field's text: no attributes, indices, formats or expressions, and not twice."""
     fields = {"a": "{b}", "b": 7, "secret": "s"}
 
-    assert render("{a} {b}", fields, "here") == "{b} 7"
+    assert render("{a} {b}", Row(fields, "", "here")) == "{b} 7"
     for template in ("{a.__class__}", "{a[0]}", "{b!r}", "{b:>9}", "{0}", "{}", "{{b}", "{ b }", "%(b)s", "$b"):
-        assert render(template, fields, "here") == template.replace("{b}", "7")
+        assert render(template, Row(fields, "", "here")) == template.replace("{b}", "7")
 
 
 def test_templates_name_the_missing_field() -> None:
     """A place without a field names the place and the nearest field."""
     with pytest.raises(UserError, match=r"here: the field 'qestion' is missing; did you mean 'question'\?"):
-        render("{qestion}", {"question": "x"}, "here")
+        render("{qestion}", Row({"question": "x"}, "", "here"))
 
 
 # -- strangers' files ------------------------------------------------------------------------------------------

@@ -1,0 +1,118 @@
+"""Fitness: the tasks, and how their scores become one loss or several."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from evomerge.errors import nearest
+from evomerge.library import find, located
+from evomerge.schema import validated
+from evomerge.tasks import Task
+from evomerge.yamlio import load_yaml
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Floor(_Part):
+    """A price on forgetting: `penalty` per unit that a task's metric lies below the base's plus `margin`."""
+
+    penalty: float = Field(3.0, gt=0)
+    margin: float = Field(0.0, ge=0, description="in the metric's units; covers noise of the search items")
+
+
+class Goal(_Part):
+    """One objective: some tasks' metrics made one number. Lower-is-better metrics are turned round by themselves."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
+    kind: Literal["weighted_mean", "recovered_gain", "forgetting"] = Field(
+        "weighted_mean",
+        description="weighted_mean of the tasks' metrics; recovered_gain: each task's gain over the base as a share "
+        "of its best baseline's (or its `expert`'s) gain, cut off at 1; forgetting: how far tasks fall below the base",
+    )
+    tasks: tuple[str, ...] | Mapping[str, float] | None = Field(
+        None, description="names, or names with weights; default all tasks with their own weights"
+    )
+    metric: str | None = Field(None, description="another metric of these tasks than the one they search on")
+
+    @model_validator(mode="after")
+    def _weighted(self) -> Goal:
+        if self.tasks is not None and not self.tasks:
+            raise ValueError("tasks: name at least one task, or leave the key out for all")
+        if isinstance(self.tasks, Mapping) and not all(w > 0 for w in self.tasks.values()):
+            raise ValueError(f"tasks: weights must be above 0, got {dict(self.tasks)}")
+        return self
+
+
+class FitnessSpec(_Part):
+    """What is good: tasks, and how their scores become one loss, or several for a search along a Pareto front."""
+
+    description: str = ""
+    tasks: tuple[Task, ...] = Field(min_length=1)
+    objective: Literal["weighted_mean", "recovered_gain"] = Field(
+        "weighted_mean", description="the only objective, over all tasks (see the kinds of `objectives`)"
+    )
+    objectives: tuple[Goal, ...] = Field((), description="in place of `objective`: one or several, each minimised")
+    floor: Floor | None = Field(None, description="price on tasks that fall below the base; not on forgetting itself")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> FitnessSpec:
+        names = [t.name for t in self.tasks]
+        if len(set(names)) < len(names):
+            raise ValueError(f"tasks: the names must differ, got {names}")
+        if self.objectives and "objective" in self.model_fields_set:
+            raise ValueError("objective and objectives exclude one another; keep one")
+        titles = [g.name for g in self.objectives]
+        if len(set(titles)) < len(titles):
+            raise ValueError(f"objectives: the names must differ, got {titles}")
+        tasks = {t.name: t for t in self.tasks}
+        for goal in self.objectives:
+            for name in goal.tasks or ():
+                if name not in tasks:
+                    raise ValueError(f"objectives: {goal.name}: there is no task {name!r}{nearest(name, tasks)}")
+            for task, _ in self.weights_of(goal):
+                if goal.metric is not None and goal.metric not in task.directions:
+                    raise ValueError(
+                        f"objectives: {goal.name}: task {task.name!r} has no metric {goal.metric!r}"
+                        f"{nearest(goal.metric, task.directions)}"
+                    )
+        return self
+
+    @property
+    def goals(self) -> tuple[Goal, ...]:
+        """The objectives; one over all tasks where none are named."""
+        return self.objectives or (Goal(name="loss", kind=self.objective),)
+
+    def weights_of(self, goal: Goal) -> list[tuple[Task, float]]:
+        """The tasks of an objective with their shares, which sum to 1."""
+        if goal.tasks is None:
+            weighted = [(t, t.weight) for t in self.tasks]
+        elif isinstance(goal.tasks, Mapping):
+            weighted = [(t, goal.tasks[t.name]) for t in self.tasks if t.name in goal.tasks]
+        else:
+            weighted = [(t, t.weight) for t in self.tasks if t.name in goal.tasks]
+        total = sum(w for _, w in weighted)
+        return [(t, w / total) for t, w in weighted]
+
+    def metrics_of(self, task: Task) -> tuple[str, ...]:
+        """The columns of a task that objectives and tables read."""
+        used = [g.metric for g in self.goals if g.metric and any(t.name == task.name for t, _ in self.weights_of(g))]
+        return tuple(dict.fromkeys([task.metric, task.report_metric, *used]))
+
+
+def resolve_fitness(spec: str | FitnessSpec, folder: Path) -> FitnessSpec:
+    """A library name or path to a spec with absolute data files. Raises UserError."""
+    if isinstance(spec, str):
+        path = find("fitness", spec, folder)
+        return resolve_fitness(validated(FitnessSpec, load_yaml(path), str(path)), path.resolve().parent)
+    tasks = []
+    for task in spec.tasks:
+        splits = {s: str(located(folder, v)) if isinstance(v, str) else v for s, v in task.splits.items()}
+        data = str(located(folder, task.data)) if task.data is not None else None
+        tasks.append(task.model_copy(update={"splits": splits, "data": data}))
+    return spec.model_copy(update={"tasks": tuple(tasks)})

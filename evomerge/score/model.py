@@ -1,0 +1,9 @@
+"""What scorers of all kinds share about running a model."""
+
+from __future__ import annotations
+
+from evomerge.errors import RunError
+
+
+class NonFinite(RunError):
+    """The model's logits are NaN or infinite."""
