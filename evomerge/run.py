@@ -22,7 +22,7 @@ from evomerge.errors import RunError, UserError
 from evomerge.history import History
 from evomerge.journal import Journal
 from evomerge.pareto import compromise, fronts
-from evomerge.prepare import Prepared, make_executor, needed_metrics, prepare
+from evomerge.prepare import Prepared, fitness_of, make_executor, needed_metrics, prepare
 from evomerge.progress import Progress, Silent
 from evomerge.proposal import Evaluation, Genome, Proposal
 from evomerge.rundir import JOURNAL, Before, RunDirectory, before
@@ -125,7 +125,8 @@ class StageRun:
         s.journal.record("stage", n=n, inputs={"start": encode_array(start)})
         algorithm, options = experiment.algorithm_of(s.prepared.stages[n])
         rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([experiment.search.seed, n])))
-        self.optimizer = make_optimizer(algorithm, space.axes, Start(start), rng, s.ids, options)
+        begin = Start(start, len(fitness_of(experiment).goals), s.journal.asked)
+        self.optimizer = make_optimizer(algorithm, space.axes, begin, rng, s.ids, options)
 
     def advance(self, allowance: Allowance) -> None:
         """Ask, evaluate, tell, until the budget is spent or the algorithm stops; then score its mean.

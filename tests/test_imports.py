@@ -30,15 +30,20 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "workers.fake",
         "workers.units",
     ),
+    ("search.optuna_study",),
     (
         "search.cmaes",
         "search.random_search",
+        "search.nsga2",
+        "search.tpe",
+        "search.gp",
         "workers.local",
         "workers.ray",
         "workers.child",
         "score.multiple_choice",
         "evaluate",
     ),
+    ("search.nsga3",),
     ("search", "fitness"),
     ("config",),
     ("objective", "budget"),
@@ -59,6 +64,7 @@ PURE = (
     *("cli", "history", "merge.methods", "score", "score.plan", "search", "search.base", "fitness", "pareto"),
     *("tasks", "tasks.base", "tasks.rows", "tasks.multiple_choice"),
     *("search.cmaes", "search.random_search", "workers", "workers.inline", "workers.local", "workers.fake"),
+    *("search.optuna_study", "search.nsga2", "search.nsga3", "search.tpe", "search.gp"),
     *("__init__", "__main__", "merge", "export", "report", "report.status", "export.mergekit", "export.record"),
 )
 

@@ -25,6 +25,10 @@ ALGORITHMS: Mapping[str, Algorithm] = {
     "cma-es": Algorithm(
         "evomerge.search.cmaes:CmaEs", "covariance matrix adaptation, restarts with doubled population"
     ),
+    "nsga-ii": Algorithm("evomerge.search.nsga2:Nsga2", "Pareto front by crowding distance, for two objectives"),
+    "nsga-iii": Algorithm("evomerge.search.nsga3:Nsga3", "Pareto front by reference directions, for three and more"),
+    "tpe": Algorithm("evomerge.search.tpe:Tpe", "tree-structured Parzen estimators: mixed and conditional axes"),
+    "gp": Algorithm("evomerge.search.gp:Gp", "Gaussian process: fewest evaluations where axes are few"),
     "random": Algorithm("evomerge.search.random_search:RandomSearch", "uniform points: the baseline to beat"),
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -53,9 +53,15 @@ class Optimizer(Protocol):
 
 @dataclass(frozen=True)
 class Start:
-    """Where a search begins: a point of the unit cube."""
+    """Where a search begins: a point of the unit cube, how many losses it will be told, and what it asked before.
+
+    `recall(id)` is the genome of proposal `id` where a journal that is replayed has it, else None: algorithms that
+    take long to ask may take it in place of asking again.
+    """
 
     genome: Genome
+    objectives: int = 1
+    recall: Callable[[int], Genome | None] = lambda _: None
 
 
 Ids = Iterator[int]
