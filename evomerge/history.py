@@ -94,12 +94,12 @@ class History:
                 item_ids[e["name"]] = {str(t): [str(i) for i in ids] for t, ids in e["ids"].items()}
             elif e["kind"] == "asked":
                 entries[e["id"]] = Entry(
-                    e["id"],
-                    e["stage"],
-                    e["group"],
-                    e["role"],
-                    e["name"],
-                    e["recipe_id"],
+                    _typed(e, "id", int),
+                    _typed(e, "stage", int),
+                    _typed(e, "group", int),
+                    _typed(e, "role", str),
+                    _typed(e, "name", str),
+                    _typed(e, "recipe_id", str),
                     e.get("genome"),
                     e.get("recipe"),
                 )
@@ -250,6 +250,12 @@ def load_resolved(path: Path, overrides: Mapping[str, Any] | None = None) -> Exp
     if not file.is_file():
         raise UserError(f"{path}: is no run directory (no {EXPERIMENT}); expected what `evomerge run` wrote")
     return load(file, overrides)
+
+
+def _typed(event: Event, key: str, kind: type) -> Any:
+    if type(event[key]) is not kind:
+        raise ValueError(f"{key} is {event[key]!r}")
+    return event[key]
 
 
 def _line(e: Exception) -> str:
