@@ -193,7 +193,7 @@ def _plain_algorithm(name: str, options: Any) -> list[Any]:
     return [name, dict(vars(options))]
 
 
-LATER_KEYS = frozenset({"expert", "objectives"})
+LATER_KEYS = frozenset({"expert", "objectives", "constraints"})
 """Keys of fitness and spaces that came after journals of format 1; at their defaults they are no part of the identity,
 so that runs which began before them go on."""
 

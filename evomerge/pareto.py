@@ -61,9 +61,14 @@ def compromise(losses: Losses) -> int:
     return int(np.argmin(np.sqrt((scaled**2).sum(axis=1))))
 
 
-def order(losses: Losses) -> NDArray[np.int64]:
+def order(losses: Losses, violations: NDArray[np.float64] | None = None) -> NDArray[np.int64]:
     """Positions from best to worst, stable: by loss where there is one objective, else by front, and within a front
-    by crowding distance, so that the first few are spread over the front."""
+    by crowding distance, so that the first few are spread over the front. Whoever violates constraints comes behind
+    all who do not, by how much (Deb et al. 2002, section VI)."""
+    if violations is not None and violations.any():
+        kept, broken = np.flatnonzero(violations <= 0), np.flatnonzero(violations > 0)
+        behind = broken[np.argsort(violations[broken], kind="stable")]
+        return np.concatenate([kept[order(losses[kept])], behind]) if len(kept) else behind
     if losses.shape[1] == 1:
         return np.argsort(losses[:, 0], kind="stable")
     rank = fronts(losses)

@@ -100,6 +100,20 @@ def test_a_scalar_algorithm_is_refused(experiment_with: With) -> None:
         prepare(experiment)
 
 
+@pytest.mark.parametrize("algorithm", ["cma-es", "tpe"])
+def test_the_winner_keeps_the_constraints(algorithm: str, experiment_with: With, tmp_path: Path) -> None:
+    """A limit that few candidates keep on search and select decides who wins, whether the algorithm knows of it."""
+    free = run(experiment_with(**{"search.algorithm": algorithm}), tmp_path / "free")
+    means = [r["sums.accuracy"] for r in free.evaluations if r["split"] == "select"]
+    limit = {"name": "sums", "tasks": ["sums"], "metric": "accuracy", "at_least": float(np.max(means))}
+    overrides = {"search.algorithm": algorithm, "fitness.constraints": [limit]}
+
+    history = run(experiment_with(**overrides), tmp_path / "bound")
+    rows = {r["id"]: r["sums.accuracy"] for r in history.evaluations if r["split"] == "select"}
+    assert history.winner_id is not None
+    assert rows[history.winner_id] == max(rows.values())
+
+
 def test_replay_is_exact(two_goals: tuple[Path, str], small_experiment: Path) -> None:
     """A finished run, run again, adds nothing."""
     out, _ = two_goals

@@ -65,3 +65,16 @@ def test_compromise_is_nearest_to_the_ideal_point() -> None:
 
     assert compromise(losses) == 1
     assert compromise(losses[:1]) == 0
+
+
+@given(LOSSES, st.randoms(use_true_random=False))
+def test_violators_come_last_by_how_much(losses: np.ndarray, rng: object) -> None:
+    """Whoever keeps the constraints is ordered as without them; the others follow by their violation."""
+    violations = np.array([rng.choice([0.0, 0.0, 0.5, 1.5]) for _ in losses])  # type: ignore[attr-defined]
+    at = order(losses, violations)
+
+    assert sorted(at) == list(range(len(losses)))
+    assert violations[at].tolist() == sorted(violations)
+    kept = np.flatnonzero(violations == 0)
+    if len(kept):
+        assert at[: len(kept)].tolist() == kept[order(losses[kept])].tolist()

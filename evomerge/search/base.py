@@ -20,6 +20,8 @@ class Needs:
     axis_kinds: frozenset[str] = frozenset({"float", "int", "categorical"})
     per_item_scores: bool = False
     scope: Literal["generation", "archive"] = "generation"
+    constraints: bool = False
+    """Whether it looks at `Result.violation` itself."""
     steady: bool = False
     """Whether it may be asked while tells are outstanding (steady state with a fixed lag)."""
 
@@ -53,7 +55,8 @@ class Optimizer(Protocol):
 
 @dataclass(frozen=True)
 class Start:
-    """Where a search begins: a point of the unit cube, how many losses it will be told, and what it asked before.
+    """Where a search begins: a point of the unit cube, how many losses it will be told, whether
+    results may violate constraints, and what it asked before.
 
     `recall(id)` is the genome of proposal `id` where a journal that is replayed has it, else None: algorithms that
     take long to ask may take it in place of asking again.
@@ -61,6 +64,7 @@ class Start:
 
     genome: Genome
     objectives: int = 1
+    constrained: bool = False
     recall: Callable[[int], Genome | None] = lambda _: None
 
 

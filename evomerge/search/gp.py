@@ -39,7 +39,7 @@ class Options:
 class Gp:
     """Asked in groups; a group sees everything that was told before it."""
 
-    needs = Needs(objectives="any")
+    needs = Needs(constraints=True, objectives="any")
 
     def __init__(
         self,

@@ -38,7 +38,7 @@ class Options:
 class Nsga2:
     """Whole generations; failed members are asked again, so that every generation is full."""
 
-    needs = Needs(objectives="several", scope="archive")
+    needs = Needs(constraints=True, objectives="several", scope="archive")
     options_class = Options
 
     def __init__(

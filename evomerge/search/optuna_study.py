@@ -48,6 +48,7 @@ class Trials:
         self._objectives = objectives
         self._start: Genome | None = start.genome
         self._recall = start.recall
+        self._constrained = start.constrained
         if start.genome.shape != (len(axes),):
             raise ValueError(f"the start has {start.genome.shape[0]} genes, the space {len(axes)} axes")
         self._distributions = {a.name: self._distribution(a) for a in axes}
@@ -121,5 +122,7 @@ class Trials:
             )
             self.study.add_trial(trial)
             return True
+        if self._constrained:
+            trial.set_constraint("fitness", r.violation)
         self.study.tell(trial, r.losses.tolist())
         return True
