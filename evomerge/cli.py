@@ -114,6 +114,14 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("other", type=Path)
     p.add_argument("--split", choices=("search", "select", "report"), default="report")
 
+    p = with_json(command("front", _front, "the non-dominated candidates of a run for several objectives"))
+    p.add_argument("dir", type=Path)
+    pick = p.add_mutually_exclusive_group()
+    pick.add_argument("--prefer", action="append", metavar="OBJECTIVE=WEIGHT", help="pick by weights of objectives")
+    pick.add_argument("--knee", action="store_true", help="pick where giving up little gains most")
+    pick.add_argument("--best", metavar="TASK", help="pick the best on one task, among those that meet --where")
+    p.add_argument("--where", action="append", default=[], metavar="TASK>=X", help="with --best; may be repeated")
+
     p = with_json(command("show", _show, "one candidate with its recipe and scores"))
     p.add_argument("dir", type=Path)
     p.add_argument("id", nargs="?", help="number of the candidate, or winner (default)")
@@ -277,6 +285,34 @@ def _show(args: argparse.Namespace) -> int:
     history = History.read(args.dir)
     data = candidate(history, _candidate(history, args.id))
     _print(args, data, lambda: candidate_text(history, data))
+    return 0
+
+
+def _front(args: argparse.Namespace) -> int:
+    from evomerge.history import History
+    from evomerge.report.front import best_where, front, front_text, knee, preferred
+    from evomerge.report.status import candidate, candidate_text
+
+    history = History.read(args.dir)
+    if args.where and not args.best:
+        raise UserError("--where goes with --best TASK")
+    if not (args.prefer or args.knee or args.best):
+        data = front(history)
+        _print(args, data, lambda: front_text(data))
+        return 0
+    if args.prefer:
+        weights = {}
+        for text in args.prefer:
+            name, _, weight = text.partition("=")
+            try:
+                weights[name] = float(weight)
+            except ValueError:
+                raise UserError(f"--prefer {text}: expected OBJECTIVE=WEIGHT, for example math=2") from None
+        number = preferred(history, weights)
+    else:
+        number = knee(history) if args.knee else best_where(history, args.best, args.where)
+    picked = candidate(history, number)
+    _print(args, picked, lambda: candidate_text(history, picked))
     return 0
 
 

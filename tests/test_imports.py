@@ -50,7 +50,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("prepare",),
     ("progress", "history", "standalone", "check"),
     ("session", "warm", "export.mergekit", "export.record", "report.results", "report.status"),
-    ("run", "export.hf", "report.compare"),
+    ("run", "export.hf", "report.compare", "report.front"),
     ("export.verify",),
     ("cli", "__init__"),
     ("__main__",),

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from evomerge.pareto import compromise, crowding, fronts, order
+from evomerge.pareto import compromise, crowding, fronts, hypervolume, order
 
 LOSSES = st.tuples(st.integers(1, 25), st.integers(1, 4)).flatmap(
     lambda shape: arrays(np.float64, shape, elements=st.integers(-3, 3).map(float))
@@ -78,3 +78,14 @@ def test_violators_come_last_by_how_much(losses: np.ndarray, rng: object) -> Non
     kept = np.flatnonzero(violations == 0)
     if len(kept):
         assert at[: len(kept)].tolist() == kept[order(losses[kept])].tolist()
+
+
+@given(LOSSES.filter(lambda x: x.shape[1] <= 3 and len(x) <= 8))
+def test_hypervolume_counts_cells(losses: np.ndarray) -> None:
+    """On the integer grid the volume is the number of unit cells that some vector dominates."""
+    reference = np.full(losses.shape[1], 2.0)
+    cells = np.stack(np.meshgrid(*[np.arange(-3, 2)] * losses.shape[1], indexing="ij"), axis=-1)
+    cells = cells.reshape(-1, losses.shape[1])
+    dominated = (losses[None] <= cells[:, None]).all(axis=2).any(axis=1)
+
+    assert hypervolume(losses, reference) == pytest.approx(float(dominated.sum()))
