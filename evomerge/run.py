@@ -130,7 +130,14 @@ class StageRun:
         algorithm, options = experiment.algorithm_of(s.prepared.stages[n])
         rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([experiment.search.seed, n])))
         fitness = fitness_of(experiment)
-        begin = Start(start, len(fitness.goals), bool(fitness.constraints), s.journal.asked)
+        begin = Start(
+            start,
+            objectives=len(fitness.goals),
+            constrained=bool(fitness.constraints),
+            recall=s.journal.asked,
+            manifest=s.prepared.manifest,
+            dtype=s.prepared.dtype,
+        )
         self.optimizer = make_optimizer(algorithm, space.axes, begin, rng, s.ids, options)
 
     def advance(self, allowance: Allowance) -> None:

@@ -30,10 +30,13 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "workers.fake",
         "workers.units",
     ),
-    ("search.optuna_study",),
+    ("search.optuna_study", "search.recipes"),
     (
         "search.cmaes",
         "search.random_search",
+        "search.ga",
+        "search.greedy_soup",
+        "search.frank_wolfe",
         "search.nsga2",
         "search.tpe",
         "search.gp",
@@ -64,7 +67,17 @@ PURE = (
     *("cli", "history", "merge.methods", "score", "score.plan", "search", "search.base", "fitness", "pareto"),
     *("tasks", "tasks.base", "tasks.rows", "tasks.multiple_choice"),
     *("search.cmaes", "search.random_search", "workers", "workers.inline", "workers.local", "workers.fake"),
-    *("search.optuna_study", "search.nsga2", "search.nsga3", "search.tpe", "search.gp"),
+    *(
+        "search.recipes",
+        "search.greedy_soup",
+        "search.frank_wolfe",
+        "search.optuna_study",
+        "search.ga",
+        "search.nsga2",
+        "search.nsga3",
+        "search.tpe",
+        "search.gp",
+    ),
     *("__init__", "__main__", "merge", "export", "report", "report.status", "export.mergekit", "export.record"),
 )
 

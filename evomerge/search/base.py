@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from evomerge.manifest import Manifest
 from evomerge.proposal import Genome, Proposal, Result
 
 
@@ -22,6 +23,8 @@ class Needs:
     scope: Literal["generation", "archive"] = "generation"
     constraints: bool = False
     """Whether it looks at `Result.violation` itself."""
+    proposes: Literal["genomes", "recipes"] = "genomes"
+    """Recipes come from algorithms that mix sources themselves; they use no axes."""
     steady: bool = False
     """Whether it may be asked while tells are outstanding (steady state with a fixed lag)."""
 
@@ -66,6 +69,8 @@ class Start:
     objectives: int = 1
     constrained: bool = False
     recall: Callable[[int], Genome | None] = lambda _: None
+    manifest: Manifest | None = None
+    dtype: str = "float32"
 
 
 Ids = Iterator[int]

@@ -18,8 +18,10 @@ from evomerge.space import Axis
 
 SLOW = {"gp"}
 """Algorithms that take long to ask: their exam is in the slow tier."""
+GENOMES = [a for a in ALGORITHMS if needs_of(a).proposes == "genomes"]
+"""Those that propose recipes have an exam of their own (test_recipes.py)."""
 pytestmark = pytest.mark.parametrize(
-    "algorithm", [pytest.param(a, marks=[pytest.mark.slow] if a in SLOW else []) for a in ALGORITHMS]
+    "algorithm", [pytest.param(a, marks=[pytest.mark.slow] if a in SLOW else []) for a in GENOMES]
 )
 
 Loss = Callable[[Genome], float]
