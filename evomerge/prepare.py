@@ -176,7 +176,7 @@ def compile_plans(experiment: Experiment, items: Mapping[str, Any], base: Any, s
     from evomerge.score import make_scorer
 
     tokenizer = load_tokenizer(base.path)
-    limit = int(base.config.get("max_position_embeddings", 1 << 30))
+    limit = base.context_length
     return {t.name: make_scorer(t.kind).compile(t, items[t.name], tokenizer, limit, shape) for t in experiment.tasks}
 
 

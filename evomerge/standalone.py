@@ -37,7 +37,7 @@ def score_recipe(
     items = {t.name: load_items(t, Path.cwd()) for t in fitness.tasks}
     shape = PlanShape(GPU_BATCH_TOKENS if device.startswith("cuda") else CPU_BATCH_TOKENS)
     tokenizer = load_tokenizer(base.path)
-    limit = int(base.config.get("max_position_embeddings", 1 << 30))
+    limit = base.context_length
     manifest = pool.manifest()
     canonical = recipe.canonical(manifest)
     place = torch.device(device)

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "evomerge"
 
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("errors", "canonical", "architectures", "merge.methods", "merge", "export", "report"),
-    ("yamlio", "schema", "library", "files", "manifest", "score.tasks", "journal"),
+    ("yamlio", "schema", "library", "files", "manifest", "stock", "score.tasks", "journal"),
     ("recipe", "pool"),
     ("proposal", "merge.bank", "merge.live"),
     ("space", "score.plan", "workers", "rundir", "merge.pipeline"),

@@ -38,6 +38,8 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
+NOT_OURS = ("torch_dtype", "quantization_config", "_name_or_path", "auto_map")
+"""Keys of the base's config.json that do not hold for the merge: how and where the base was stored, code of its own."""
 
 
 def build_weights(recipe: Recipe, pool: ModelPool, manifest: Manifest) -> Mapping[str, Tensor]:
@@ -69,10 +71,9 @@ def write_hf(
     """
     with new_folder(target) as folder:
         weights = build_weights(recipe, pool, manifest)
-        _write_shards(folder, weights)
         base = pool.checkpoints[pool.base]
-        config = {**base.config, "dtype": recipe.dtype}
-        config.pop("torch_dtype", None)
+        _write_shards(folder, base.stored_form(weights))
+        config = {n: v for n, v in base.config.items() if n not in NOT_OURS} | {"dtype": recipe.dtype}
         _write(folder / "config.json", json.dumps(config, indent=2) + "\n")
         for name in TOKENIZER_FILES:
             if (base.path / name).is_file():

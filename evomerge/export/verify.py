@@ -53,7 +53,7 @@ def verify(path: Path) -> Verification:
     export = Checkpoint(path)
     differing = sorted(
         n
-        for n in {*expected, *export.tensors}
+        for n in {*expected, *export.tensors, *export.foreign}
         if n not in expected or n not in export.tensors or tensor_sha256(export.tensor(n)) != expected[n]
     )
     if differing:

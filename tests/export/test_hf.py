@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from evomerge.architectures import ARCHITECTURES
 from evomerge.errors import RunError, UserError
 from evomerge.export import hf
 from evomerge.export.hf import write_hf
@@ -21,6 +22,7 @@ from evomerge.merge.pipeline import BuildError
 from evomerge.pool import Checkpoint, ModelPool
 from evomerge.recipe import Recipe
 
+WEIGHTS = "model.safetensors"
 TOKENS = torch.tensor([[1, 40, 300, 7, 7, 410, 99, 260, 13, 5]])
 RULES: list[dict[str, Any]] = [
     {
@@ -45,12 +47,12 @@ def leftovers(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir())
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("arch", "tied"), [("llama", False), ("mistral", False), ("qwen2", True), ("qwen3", True)])
+@pytest.mark.parametrize(("tied", "dtype"), [(False, "float32"), (True, "float32"), (True, "bfloat16")])
+@pytest.mark.parametrize("arch", [*ARCHITECTURES, "mixtral", "qwen2_moe", "mamba", "opt", "bloom"])
 def test_stock_transformers_loads_what_was_scored(
     tiny_model: Any, tmp_path: Path, arch: str, tied: bool, dtype: str
 ) -> None:
-    """The folder's logits in from_pretrained equal the live model's to the bit, and its tokenizer loads."""
+    """The folder's weights and logits in from_pretrained equal the live model's to the bit; no name is amiss."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     pool = pool_of(tiny_model, arch, dtype, tied=tied)
@@ -61,12 +63,16 @@ def test_stock_transformers_loads_what_was_scored(
     builder.build(recipe)
     folder = write_hf(tmp_path / "out", recipe, pool, manifest)
 
-    stock = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    stock, info = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    assert not any(info.values()), info
+    for name, weight in stock.state_dict().items():
+        assert torch.equal(weight, live.state_dict()[name]), name
+    assert set(load_file(folder / "model.safetensors")) == set(load_file(pool.checkpoints["base"].path / WEIGHTS))
+    stock.eval()
     with torch.inference_mode():
         assert torch.equal(stock(input_ids=TOKENS).logits, live(input_ids=TOKENS).logits)
     assert stock.dtype == getattr(torch, dtype)
     assert AutoTokenizer.from_pretrained(folder)("Once")["input_ids"][0] == 1
-    assert ("lm_head.weight" in load_file(folder / "model.safetensors")) != tied
     config = json.loads((folder / "config.json").read_text())
     assert (config["dtype"], config["model_type"]) == (dtype, arch)
     assert "torch_dtype" not in config

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from evomerge.architectures import ARCHITECTURES
 from evomerge.errors import UserError
 from evomerge.merge.live import load_tokenizer
 from evomerge.score.multiple_choice import MIN_PREFIX, MultipleChoice, NonFinite, columns
@@ -84,7 +85,7 @@ def assert_equal(ours: list[Any], theirs: list[Any], tolerance: float = TOLERANC
 
 @pytest.mark.parametrize("end_of_text", [False, True], ids=["open", "closed"])
 @pytest.mark.parametrize("prefix", ["", STORY], ids=["bare", "prefixed"])
-@pytest.mark.parametrize("arch", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("arch", [*ARCHITECTURES, "mamba", "opt", "bloom", "qwen2_moe"])
 def test_scores_are_those_of_plain_transformers(tiny_model: Any, arch: str, prefix: str, end_of_text: bool) -> None:
     """Every choice of every item, with and without a shared prefix, within 1e-5 per token in fp32."""
     folder = tiny_model(arch)
