@@ -106,7 +106,9 @@ class Checkpoint:
                 f"{self.path}: transformers cannot convert tensor {conversion.sources[0][1]!r} "
                 f"({' '.join(str(e).split())[:200] or type(e).__name__}); the checkpoint may not be whole"
             ) from None
-        return {n: Parameter(tuple(t.shape), next(k for k, d in DTYPES.items() if d == t.dtype)) for n, t in made.items()}
+        return {
+            n: Parameter(tuple(t.shape), next(k for k, d in DTYPES.items() if d == t.dtype)) for n, t in made.items()
+        }
 
     def _parameter(self, name: str, made: Mapping[str, Parameter]) -> Parameter | None:
         """One parameter, stored as it is or made by a conversion; None where the files lack it."""

@@ -102,7 +102,7 @@ def _write_model(folder: Path, arch: str, seed: int, tied: bool, dtype: str, ove
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
         with torch.no_grad():
-            for n, p in model.named_parameters():
+            for p in model.parameters():
                 if p.dim() == 1:  # trained norms are not all ones, and trained biases not all zeros
                     p.add_(torch.randn_like(p) * 0.1)
     model.save_pretrained(folder)

@@ -16,6 +16,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "evomerge"
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("errors", "canonical", "architectures", "merge.methods", "merge", "export", "report"),
     ("yamlio", "schema", "library", "files", "manifest", "stock", "score.tasks", "journal"),
+    ("hub",),
     ("recipe", "pool"),
     ("proposal", "merge.bank", "merge.live"),
     ("space", "score.plan", "workers", "rundir", "merge.pipeline"),
@@ -43,9 +44,23 @@ LEVELS: tuple[tuple[str, ...], ...] = (
 )
 """Bottom first. A module imports from lower levels only, lazily too; a new module goes where it fits."""
 
-HEAVY = frozenset({"torch", "transformers", "safetensors", "cma", "ray", "optuna", "plotly", "scipy", "psutil"})
+HEAVY = frozenset(
+    {"torch", "transformers", "safetensors", "cma", "ray", "optuna", "plotly", "scipy", "psutil", "huggingface_hub"}
+)
 PURE = (
-    *("errors", "canonical", "architectures", "yamlio", "schema", "library", "files", "manifest", "recipe", "proposal"),
+    *(
+        "errors",
+        "canonical",
+        "architectures",
+        "yamlio",
+        "schema",
+        "library",
+        "files",
+        "hub",
+        "manifest",
+        "recipe",
+        "proposal",
+    ),
     *("space", "journal", "rundir", "config", "objective", "budget", "commit", "session", "progress", "run", "prepare"),
     *("cli", "history", "merge.methods", "score", "score.tasks", "score.plan", "search", "search.base"),
     *("search.cmaes", "search.random_search", "workers", "workers.inline", "workers.local", "workers.fake"),

@@ -18,7 +18,6 @@ from evomerge.errors import UserError
 from evomerge.pool import Checkpoint, ModelPool
 
 
-
 def change_config(folder: Path, **values: object) -> None:
     path = folder / "config.json"
     config = json.loads(path.read_text())
@@ -283,8 +282,14 @@ MLP = "model.layers.0.mlp.up_proj.weight"
         (lambda t: t.pop("lm_head.weight"), ("'lm_head.weight' is missing",)),
         (lambda t: t.pop("model.embed_tokens.weight"), ("'model.embed_tokens.weight' is missing",)),
         (lambda t: t.update({"model.layers.7.mlp.up_proj.weight": torch.ones(2)}), ("layers.7", "with 2 layers")),
-        (lambda t: [t.pop(n) for n in list(t) if ".1.mlp." in n], ("'model.layers.1.mlp.gate_proj.weight' is missing",)),
-        (lambda t: t.pop("model.layers.1.self_attn.k_proj.weight"), ("'model.layers.1.self_attn.k_proj.weight' is missing",)),
+        (
+            lambda t: [t.pop(n) for n in list(t) if ".1.mlp." in n],
+            ("'model.layers.1.mlp.gate_proj.weight' is missing",),
+        ),
+        (
+            lambda t: t.pop("model.layers.1.self_attn.k_proj.weight"),
+            ("'model.layers.1.self_attn.k_proj.weight' is missing",),
+        ),
         (lambda t: t.pop("model.norm.weight"), ("'model.norm.weight' is missing",)),
     ],
     ids=["int8", "foreign", "no head", "no embedding", "layer beyond", "no mlp", "a gap", "no final norm"],

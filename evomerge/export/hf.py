@@ -16,6 +16,7 @@ from torch import Tensor
 
 from evomerge.export.mergekit import MergekitError, to_mergekit
 from evomerge.files import new_folder
+from evomerge.hub import name_of
 from evomerge.manifest import Manifest
 from evomerge.merge.bank import Bank
 from evomerge.merge.builder import Builder
@@ -99,15 +100,14 @@ def write_hf(
 
 
 def recipe_with_paths(recipe: Recipe, pool: ModelPool) -> Recipe:
-    """The recipe as people need it: with the folders of its sources."""
-    sources = {
-        n: s.model_copy(update={"path": str(pool.checkpoints[n].path.resolve())}) for n, s in recipe.sources.items()
-    }
+    """The recipe as people need it: with the folders or hub ids of its sources."""
+    paths = _paths(pool)
+    sources = {n: s.model_copy(update={"path": str(paths[n])}) for n, s in recipe.sources.items()}
     return recipe.model_copy(update={"sources": sources})
 
 
 def _paths(pool: ModelPool) -> dict[str, Path]:
-    return {n: c.path.resolve() for n, c in pool.checkpoints.items()}
+    return {n: Path(name_of(c.path)) for n, c in pool.checkpoints.items()}
 
 
 def _write(path: Path, text: str) -> None:
