@@ -102,22 +102,23 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 
 # -- families without a row -----------------------------------------------------------------------------------
 
-_NORM = re.compile(r"norm|(^|_)ln(_|\d|$)")
 _WITHIN = (
-    ("norm", _NORM),
-    ("attention", re.compile(r"attn|attention")),
-    ("mlp", re.compile(r"mlp|ffn|feed_?forward|^fc_?\d|moe|experts")),
+    ("norm", re.compile(r"norm|(^|_)ln(_|\d|$)"), True),
+    ("attention", re.compile(r"attn|attention"), True),
+    ("mlp", re.compile(r"mlp|ffn|feed_?forward|^ff$|^fc_?\d|moe|experts"), True),
+    ("attention", re.compile(r"mixer|mamba|ssm|conv|recurrent|temporal|rg_lru"), False),
 )
-_MIXES_TOKENS = re.compile(r"mixer|mamba|ssm|conv|recurrent|temporal|time_mix|rwkv")
+"""(module, what a part of a name says, whether it says so): what mixes tokens without attention counts as it."""
+_EMBED = re.compile(r"embed|wpe|position")
 
 
 def derived_block(tensor: str, layer: re.Pattern[str], embed: frozenset[str], head: frozenset[str]) -> tuple[str, bool]:
     """(block, whether the name says so) of a tensor of any causal language model.
 
     `layer` captures (index, rest) as in `Architecture`; `embed` and `head` are the tensors of the two
-    embeddings. Within a layer the first part of the name that speaks of norm, attention or MLP decides. Where none
-    does, what mixes tokens counts as attention and all else as MLP; outside the layers, positions and
-    whatever is named after the embedding go with it, and the rest is final norm or head.
+    embeddings. Within a layer the first part of the name that speaks of norm, attention or MLP decides, and what
+    speaks of none counts as MLP. Outside, positions and what is named after the embedding go with it, other
+    norms are the final norm, and the rest counts as head.
     """
     if tensor in embed:
         return "embed", True
@@ -127,15 +128,14 @@ def derived_block(tensor: str, layer: re.Pattern[str], embed: frozenset[str], he
     if found is not None:
         index, rest = found.groups()
         for part in rest.split("."):
-            for module, pattern in _WITHIN:
+            for module, pattern, sure in _WITHIN:
                 if pattern.search(part):
-                    return f"layers.{int(index)}.{module}", True
-        return f"layers.{int(index)}.{'attention' if _MIXES_TOKENS.search(rest) else 'mlp'}", False
-    if re.search(r"embed|wpe|position", tensor):
-        return "embed", True
-    if _NORM.search(tensor):
-        return "final_norm", True
-    return "head", False
+                    return f"layers.{int(index)}.{module}", sure
+        return f"layers.{int(index)}.mlp", False
+    norm = any(_WITHIN[0][1].search(part) for part in tensor.split("."))
+    if _EMBED.search(tensor):
+        return "embed", not norm
+    return ("final_norm", True) if norm else ("head", False)
 
 
 def block_order(block: str) -> tuple[int, int, int]:

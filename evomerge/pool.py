@@ -189,8 +189,10 @@ class Checkpoint:
         out = []
         for alias, name in self._placed.aliases.items():
             kept = self._plain[self.stock.aliases[alias]]
-            if kept != name and not torch.equal(self._stored(kept), self._stored(name)):
-                out.append(name)
+            if kept != name:
+                a, b = self._stored(kept), self._stored(name)
+                if a.dtype != b.dtype or not torch.equal(a, b):
+                    out.append(name)
         return out
 
 

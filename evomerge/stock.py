@@ -116,10 +116,16 @@ class Stock:
                 block, sure = derived_block(name, layer, self.embed, self.head)
                 if not sure:
                     found = layer.fullmatch(name)
-                    part = found[2].split(".")[0] if found else name
+                    part = found[2].split(".")[0] if found else name.rpartition(".")[0] or name
                     unsure[part] = block.split(".")[-1]
             out[name] = block
         notes = [f"{self.model_type}: tensors of {p!r} are counted as {m}" for p, m in unsure.items()]
+        for part in sorted(self.model._keep_in_fp32_modules_strict or ()):
+            if any(part in n for n in out):
+                notes.append(
+                    f"{self.model_type}: transformers computes {part!r} in float32; only with models.dtype float32 are "
+                    "scores exactly those of the export"
+                )
         return out, tuple(notes)
 
     def _layer_pattern(self, folder: Path) -> re.Pattern[str]:
@@ -203,8 +209,8 @@ def stock_config(folder: Path, config: Mapping[str, Any]) -> Any:
         raise UserError(f"{folder}: architecture {kind!r} is an encoder (is_decoder is false in its config.json)")
     if text is not parsed:
         raise UserError(
-            f"{folder}: architecture {kind!r} is multi-modal, and only language models can be merged; save its "
-            "language model into a folder of its own first (in transformers: the ForCausalLM class of its text part)"
+            f"{folder}: architecture {kind!r} is multi-modal; expected a text-only checkpoint (for gemma3 one of type "
+            "gemma3_text), so save its language model as one first"
         )
     layers = getattr(parsed, "num_hidden_layers", None)
     if isinstance(layers, bool) or not isinstance(layers, int) or not 1 <= layers <= MAX_LAYERS:

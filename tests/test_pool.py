@@ -90,6 +90,97 @@ def test_stored_rotary_table_is_ignored(tiny_model: Any) -> None:
     assert Checkpoint(old).sha256() == Checkpoint(tiny_model("llama")).sha256()
 
 
+# -- names that transformers converts --------------------------------------------------------------------------
+
+
+def as_first_published(tensors: dict[str, torch.Tensor]) -> None:
+    """GPT-2 as the hub's oldest files have it: no prefix, and causal masks beside the weights."""
+    for name in [n for n in tensors if n.startswith("transformer.")]:
+        tensors[name.removeprefix("transformer.")] = tensors.pop(name)
+    tensors["h.0.attn.bias"] = torch.ones(1, 1, 8, 8)
+    tensors["h.1.attn.masked_bias"] = torch.tensor(-1e4)
+
+
+def with_new_head(tensors: dict[str, torch.Tensor]) -> None:
+    """GPT-NeoX with the name that its head has in transformers today."""
+    tensors["lm_head.weight"] = tensors.pop("embed_out.weight")
+
+
+def under_the_heads_name(tensors: dict[str, torch.Tensor]) -> None:
+    """A tied model that was stored under its second name only."""
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+
+
+def with_fused_experts(tensors: dict[str, torch.Tensor]) -> None:
+    """Mixtral with its experts in one tensor, as the live model has them."""
+    for i in (0, 1):
+        moe, mlp = f"model.layers.{i}.block_sparse_moe", f"model.layers.{i}.mlp"
+        w1, w2, w3 = ([tensors.pop(f"{moe}.experts.{e}.w{n}.weight") for e in range(3)] for n in (1, 2, 3))
+        tensors[f"{mlp}.experts.gate_up_proj"] = torch.stack([torch.cat(p) for p in zip(w1, w3, strict=True)])
+        tensors[f"{mlp}.experts.down_proj"] = torch.stack(w2)
+        tensors[f"{mlp}.gate.weight"] = tensors.pop(f"{moe}.gate.weight")
+
+
+@pytest.mark.parametrize(
+    ("arch", "tied", "rename"),
+    [
+        ("gpt2", True, as_first_published),
+        ("gpt2", False, as_first_published),
+        ("gpt_neox", False, with_new_head),
+        ("llama", True, under_the_heads_name),
+        ("mixtral", False, with_fused_experts),
+    ],
+)
+def test_stored_names_do_not_change_the_model(tiny_model: Any, arch: str, tied: bool, rename: Any) -> None:
+    """Whatever names and cut transformers accepts for the same weights, parameters and hash are the same."""
+    usual, other = tiny_model(arch, tied=tied), tiny_model(arch, tied=tied, name="other")
+    change_weights(other, rename)
+    a, b = Checkpoint(usual), Checkpoint(other)
+
+    assert set(load_file(usual / "model.safetensors")) != set(load_file(other / "model.safetensors"))
+    assert a.sha256() == b.sha256()
+    assert a.tensors == b.tensors
+    for c, folder in ((a, usual), (b, other)):
+        weights = {n: c.tensor(n) for n in c.tensors}
+        stored = load_file(folder / "model.safetensors")
+        back = c.stored_form(weights)
+        assert all(torch.equal(back[n], stored[n]) for n in back)
+        assert {n for n in stored if not n.endswith((".attn.bias", ".masked_bias"))} == set(back)
+
+
+def test_one_parameter_under_two_names(tiny_model: Any) -> None:
+    """Two stored tensors that transformers would load into the same parameter are refused by name."""
+    folder = tiny_model("gpt2", name="twice")
+    change_weights(folder, lambda t: t.update({"wpe.weight": t["transformer.wpe.weight"] + 1}))
+
+    text = refusal(folder, {})
+    assert "'wpe.weight'" in text
+    assert "are the same parameter" in text
+
+
+def test_experts_that_cannot_be_fused(tiny_model: Any) -> None:
+    """A mixture with one expert missing is refused naming the tensor, before anything is loaded."""
+    folder = tiny_model("mixtral", name="lacking")
+    name = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
+    change_weights(folder, lambda t: t.pop(name))
+
+    assert "model.layers.1.block_sparse_moe.experts" in refusal(folder, {})
+
+
+def test_tied_copies_that_differ_are_noted(tiny_model: Any) -> None:
+    """A config that ties what the files hold twice with other contents is worth a note, for base and expert."""
+    base, expert = tiny_model("llama", tied=True, name="base"), tiny_model("llama", 1, tied=True, name="expert")
+    change_weights(base, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    change_weights(expert, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}))
+    notes = ModelPool.open(base, {"x": expert}).notes()
+
+    assert len(notes) == 1
+    assert notes[0].startswith("expert 'x': its config ties embedding and head, but lm_head.weight is stored")
+
+
+# -- content hashes -------------------------------------------------------------------------------------------
+
+
 def test_hash_sees_every_bit(tiny_model: Any) -> None:
     """One flipped bit and another dtype of the same bytes change the hash."""
     name = "model.layers.1.mlp.up_proj.weight"
@@ -207,9 +298,17 @@ def two_homes(folder: Path) -> None:
     path.write_text(json.dumps(index))
 
 
+def name_absent(folder: Path) -> None:
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["model.layers.9.mlp.up_proj.weight"] = next(iter(index["weight_map"].values()))
+    path.write_text(json.dumps(index))
+
+
 @pytest.mark.parametrize(
     ("damage", "fragment"),
     [
+        (name_absent, "has no tensor 'model.layers.9.mlp.up_proj.weight', but the index says so"),
         (cut_shard, "not a whole safetensors file"),
         (drop_shard, "missing shard; the index names it"),
         (leave_folder, "'../../secret.safetensors' leads out of the folder"),
@@ -339,24 +438,63 @@ def test_expert_without_a_tensor(tiny_model: Any) -> None:
     assert "'model.layers.0.self_attn.q_proj.bias' is missing" in refusal(tiny_model("qwen2"), {"x": expert})
 
 
+def change_tokenizer(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    path = folder / "tokenizer.json"
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+
+
 def test_expert_with_another_tokenizer(tiny_model: Any) -> None:
-    """The first token that differs is named with both ids; added tokens count."""
-    swapped, added, broken = (tiny_model("llama", 1, name=n) for n in ("swapped", "added", "broken"))
-    data = json.loads((swapped / "tokenizer.json").read_text())
-    vocabulary = data["model"]["vocab"]
-    first, second = list(vocabulary)[300:302]
-    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
-    (swapped / "tokenizer.json").write_text(json.dumps(data))
-    data = json.loads((added / "tokenizer.json").read_text())
-    data["added_tokens"].append({"id": 511, "content": "<extra>"})
-    (added / "tokenizer.json").write_text(json.dumps(data))
+    """A token with two ids and an id with two tokens are refused by the token; so is an unreadable vocabulary."""
+    swapped, taken, broken = (tiny_model("llama", 1, name=n) for n in ("swapped", "taken", "broken"))
+    vocabulary = json.loads((swapped / "tokenizer.json").read_text())["model"]["vocab"]
+    first, second, last = list(vocabulary)[300], list(vocabulary)[301], list(vocabulary)[511]
+
+    def swap(data: dict[str, Any]) -> None:
+        vocab = data["model"]["vocab"]
+        vocab[first], vocab[second] = vocab[second], vocab[first]
+
+    change_tokenizer(swapped, swap)
+    change_tokenizer(taken, lambda d: d["added_tokens"].append({"id": 511, "content": "<extra>"}))
     (broken / "tokenizer.json").write_text('{"model": {"vocab": 3}, "added_tokens": [7]}')
 
     text = refusal(tiny_model("llama"), {"x": swapped})
     assert "another tokenizer" in text
     assert repr(min(first, second)) in text
-    assert "'<extra>' has id 511, in the base that is " in refusal(tiny_model("llama"), {"x": added})
+    assert f"'<extra>' has id 511, in the base that is {last!r}" in refusal(tiny_model("llama"), {"x": taken})
     assert "tokenizer.json" in refusal(tiny_model("llama"), {"x": broken})
+
+
+def test_old_tokenizer_files_are_compared_too(tiny_model: Any) -> None:
+    """Without tokenizer.json, vocab.json and added_tokens.json are the vocabulary."""
+    base, same, other = (tiny_model("gpt2", i, name=n) for i, n in enumerate(("base", "same", "other")))
+    for folder, token in ((base, "b"), (same, "b"), (other, "c")):
+        (folder / "tokenizer.json").unlink()
+        (folder / "vocab.json").write_text(json.dumps({"a": 0, token: 1}))
+        (folder / "added_tokens.json").write_text('{"<pad>": 2}')
+    (same / "added_tokens.json").write_text('{"<pad>": 2, "<more>": 3}')
+
+    assert any("'<more>' is not in the base's" in n for n in ModelPool.open(base, {"x": same}).notes())
+    assert "token 'c' has id 1, in the base that is 'b'" in refusal(base, {"x": other})
+
+
+@pytest.mark.parametrize(
+    ("rows", "note"),
+    [
+        (520, "expert 'x': 520 token rows, the base has 512; rows 512 to 519 are left out"),
+        (504, "expert 'x': 504 token rows, the base has 512; rows 504 to 511 are the base's"),
+    ],
+)
+def test_vocabularies_of_other_length_are_noted(tiny_model: Any, rows: int, note: str) -> None:
+    """More or fewer rows are aligned by token id, with a note; so are added tokens, which the base does not know."""
+    expert = tiny_model("llama", 1, vocab_size=rows, name="longer")
+    change_tokenizer(expert, lambda d: d["added_tokens"].append({"id": 515, "content": "<extra>"}))
+    pool = ModelPool.open(tiny_model("llama"), {"x": expert})
+
+    added = "expert 'x': token '<extra>' is not in the base's tokenizer, which the merge uses"
+    assert pool.notes() == [note, added]
+    assert {t.shape for t in pool.manifest().tensors if t.block in ("embed", "head")} == {(512, 32)}
 
 
 def test_duplicate_experts(tiny_model: Any) -> None:

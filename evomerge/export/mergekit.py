@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from evomerge.architectures import ARCHITECTURES
 from evomerge.errors import UserError
 from evomerge.manifest import Block, Manifest
 from evomerge.merge.methods import METHODS
@@ -102,6 +103,8 @@ def _filtered(manifest: Manifest, value_of: Any) -> Any:
 
 def _filters(block: Block) -> list[str]:
     """Substrings that mean exactly the block's tensors (the dot behind the index keeps 1 from matching 10)."""
+    if any(ARCHITECTURES["llama"].block_of(t.name) != block.name for t in block.tensors):
+        raise MergekitError("filters by tensor name were checked with mergekit for Llama-like names only")
     if block.layer is None:
         return [t.name.removesuffix(".weight") for t in block.tensors]
     prefixes = {".".join(t.name.split(".")[:4]) for t in block.tensors}

@@ -114,6 +114,10 @@ WINDOWS: list[tuple[str, dict[str, Any]]] = [
     ("qwen2", {"sliding_window": 5, "use_sliding_window": True, "max_window_layers": 1}),
     ("qwen3", {"sliding_window": 5, "use_sliding_window": True, "max_window_layers": 1}),
     ("qwen2", {"sliding_window": 5, "use_sliding_window": False}),
+    ("phi3", {"sliding_window": 5}),
+    ("gemma2", {"sliding_window": 5}),
+    ("gemma3_text", {"sliding_window": 5}),
+    ("gemma3_text", {"sliding_window": 5, "layer_types": ["sliding_attention", "sliding_attention"]}),
 ]
 
 
