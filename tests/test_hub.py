@@ -226,6 +226,7 @@ def test_a_run_names_commits(
     from evomerge.export.hf import write_hf
     from evomerge.export.verify import open_recipe_pool, verify
     from evomerge.history import History, load_resolved
+    from evomerge.recipe import Recipe
     from evomerge.run import run
 
     monkeypatch.setattr(constants, "ENDPOINT", models.url)
@@ -252,8 +253,9 @@ def test_a_run_names_commits(
     assert verify(merged).ok
     assert models.asked == []
     paths = {s["path"] for s in load_yaml(merged / "recipe.yaml")["sources"].values()}
-    assert paths <= {f"public/tiny@{OLD}", f"public/tiny@{NEW}"}
-    assert paths
+    assert {f"public/tiny@{OLD}"} <= paths <= {f"public/tiny@{OLD}", f"public/tiny@{NEW}"}
+    loaded = Recipe.load(merged / "recipe.yaml")  # `evomerge merge` takes ids as well
+    assert {s.path for s in loaded.sources.values()} == paths
 
 
 @pytest.mark.parametrize(
