@@ -82,8 +82,9 @@ class Stock:
             else:
                 first[id(tensor)] = name
                 self.shapes[name] = tuple(tensor.shape)
-        inputs = _own(self.model, self.model.get_input_embeddings())
-        outputs = _own(self.model, self.model.get_output_embeddings())
+        with _one_line(f"{folder}: transformers finds no embeddings of architecture {self.model_type!r}"):
+            inputs = _own(self.model, self.model.get_input_embeddings())
+            outputs = _own(self.model, self.model.get_output_embeddings())
         self.embed = frozenset(self.aliases.get(n, n) for n in inputs)
         self.head = frozenset(self.aliases.get(n, n) for n in outputs) - self.embed
         if not inputs or not outputs:

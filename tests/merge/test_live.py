@@ -39,8 +39,7 @@ def logits(model: Any) -> torch.Tensor:
     return out
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize(("tied", "dtype"), [(False, "float32"), (True, "bfloat16")])
 @pytest.mark.parametrize("arch", [*ARCHITECTURES, *FALLBACKS])
 def test_logits_are_those_of_the_stock_model(tiny_model: Any, arch: str, tied: bool, dtype: str) -> None:
     """A built base, and then a built expert in the same memory, give from_pretrained's logits to the bit."""

@@ -83,8 +83,7 @@ def assert_equal(ours: list[Any], theirs: list[Any], tolerance: float = TOLERANC
 # -- against plain transformers -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("end_of_text", [False, True], ids=["open", "closed"])
-@pytest.mark.parametrize("prefix", ["", STORY], ids=["bare", "prefixed"])
+@pytest.mark.parametrize(("prefix", "end_of_text"), [("", False), (STORY, True)], ids=["bare open", "prefixed closed"])
 @pytest.mark.parametrize("arch", [*ARCHITECTURES, "mamba", "opt", "bloom", "qwen2_moe"])
 def test_scores_are_those_of_plain_transformers(tiny_model: Any, arch: str, prefix: str, end_of_text: bool) -> None:
     """Every choice of every item, with and without a shared prefix, within 1e-5 per token in fp32."""
