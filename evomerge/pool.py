@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,11 @@ class Checkpoint:
         """Tokens that the model takes; 2**30 where config.json sets no limit."""
         return self.stock.context_length
 
+    @cached_property
+    def vocabulary(self) -> dict[str, int] | None:
+        """Token -> id, None without tokenizer files that tell. Raises UserError where they cannot be read."""
+        return _vocabulary(self.path)
+
     def _handle(self, file: Path) -> Any:
         if file not in self._open:
             try:
@@ -281,7 +287,7 @@ def _check_tokenizers(base: Checkpoint, expert: Checkpoint, who: str) -> None:
     Rows of the embeddings are tokens by id. What only one side has changes nothing; a token with two ids, and an
     id with two tokens, is a conflict that no alignment by id can mend.
     """
-    ours, theirs = _vocabulary(base.path), _vocabulary(expert.path)
+    ours, theirs = base.vocabulary, expert.vocabulary
     if ours is not None and theirs is not None:
         for token in sorted(ours.keys() & theirs.keys()):
             if ours[token] != theirs[token]:
@@ -346,7 +352,7 @@ def notes_on(base: Checkpoint, experts: Mapping[str, Checkpoint]) -> Iterator[st
         for key in COMPARED:
             if e.config.get(key) != base.config.get(key):
                 yield f"expert {name!r}: {key} is {e.config.get(key)}, the merge uses the base's {base.config.get(key)}"
-        ours, theirs = _vocabulary(base.path), _vocabulary(e.path)
+        ours, theirs = base.vocabulary, e.vocabulary
         if theirs is None and not (e.path / "tokenizer.model").exists():
             yield f"expert {name!r}: no tokenizer files; taken to use the base's"
         yield from _vocabulary_notes(base, e, f"expert {name!r}")

@@ -42,6 +42,9 @@ def to_mergekit(recipe: Recipe, manifest: Manifest, paths: Mapping[str, Path]) -
     if top_k and recipe.dtype != "float32":
         # Equal magnitudes at the cut: we keep all, mergekit an arbitrary choice; rounded weights have many.
         raise MergekitError("mergekit breaks ties of trimmed half-precision weights arbitrarily; use dtype float32")
+    if top_k and any(len(t.shape) > 2 for t in manifest.tensors):
+        # A cut is made per tensor: ours over all experts of a layer as the live model holds them.
+        raise MergekitError("mergekit trims each expert of a mixture by itself, not the experts of a layer together")
     models: list[dict[str, Any]] = []
     listed = [manifest.base, *experts] if name == "linear" else experts
     for source in listed:
