@@ -11,7 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from evomerge.canonical import digest
 from evomerge.errors import UserError, nearest
 from evomerge.fitness import FitnessSpec, resolve_fitness
-from evomerge.library import find, located
+from evomerge.hub import named
+from evomerge.library import find
 from evomerge.schema import validated
 from evomerge.search import ALGORITHMS, make_options
 from evomerge.space import SpaceSpec
@@ -24,7 +25,7 @@ class _Part(BaseModel):
 
 
 class Models(_Part):
-    """The pool. Paths are relative to the experiment's file."""
+    """The pool: folders, relative to the experiment's file, or hub ids such as org/name or org/name@revision."""
 
     base: str
     experts: Mapping[str, str] = Field(min_length=1)
@@ -282,8 +283,8 @@ def parse_overrides(pairs: list[str]) -> dict[str, Any]:
 def _resolved_models(models: Models, folder: Path) -> Models:
     return models.model_copy(
         update={
-            "base": str(located(folder, models.base)),
-            "experts": {n: str(located(folder, p)) for n, p in models.experts.items()},
+            "base": named(folder, models.base),
+            "experts": {n: named(folder, p) for n, p in models.experts.items()},
         }
     )
 
