@@ -69,12 +69,23 @@ def new_file(target: Path, text: str) -> None:
     target = Path(os.path.abspath(target))
     if target.exists():
         raise UserError(f"{target}: exists; choose another --to")
+    replace_file(target, text)
+
+
+def replace_file(target: Path, text: str) -> None:
+    """Write a text file, whole or not at all, in the place of an older one or of a link.
+
+    Raises RunError where it cannot be written.
+    """
+    target = Path(os.path.abspath(target))
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
+        temporary.unlink(missing_ok=True)
+        with temporary.open("x", encoding="utf-8") as f:  # a new file: no link is followed
+            f.write(text)
         _sync(temporary)
-        temporary.rename(target)
+        temporary.replace(target)
         _sync(target.parent)
     except BaseException as e:
         temporary.unlink(missing_ok=True)

@@ -14,10 +14,10 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "evomerge"
 
 LEVELS: tuple[tuple[str, ...], ...] = (
-    ("errors", "canonical", "architectures", "merge.methods", "merge", "export", "report"),
+    ("errors", "canonical", "architectures", "merge.methods", "merge", "export", "report", "report.figures"),
     ("yamlio", "schema", "library", "files", "manifest", "score.tasks", "journal", "report.html"),
     ("recipe", "pool"),
-    ("proposal", "merge.bank", "merge.live"),
+    ("proposal", "merge.bank", "merge.live", "report.coefficients"),
     ("space", "score.plan", "workers", "rundir", "merge.pipeline"),
     (
         "search.base",
@@ -36,7 +36,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("prepare",),
     ("progress", "history", "standalone", "check"),
     ("session", "warm", "export.mergekit", "export.record", "report.results", "report.status"),
-    ("run", "export.hf", "report.compare"),
+    ("run", "export.hf", "report.compare", "report.page"),
     ("export.verify",),
     ("cli", "__init__"),
     ("__main__",),
@@ -50,7 +50,7 @@ PURE = (
     *("cli", "history", "merge.methods", "score", "score.tasks", "score.plan", "search", "search.base"),
     *("search.cmaes", "search.random_search", "workers", "workers.inline", "workers.local", "workers.fake"),
     *("__init__", "__main__", "merge", "export", "report", "report.status", "export.mergekit", "export.record"),
-    "report.html",
+    *("report.html", "report.figures", "report.coefficients"),
 )
 
 

@@ -60,6 +60,11 @@ def section(heading: str, *parts: str) -> str:
     return f"<section>\n{title}{chr(10).join(parts)}\n</section>"
 
 
+def subheading(content: str) -> str:
+    """A heading within a section."""
+    return f"<h3>{html.escape(content)}</h3>"
+
+
 def text(content: str) -> str:
     """A paragraph."""
     return f"<p>{html.escape(content)}</p>"
@@ -113,7 +118,7 @@ def details(
     fields: Sequence[str],
     rows: Mapping[str, Sequence[Any]],
     commands: Sequence[str] = (),
-    pictures: Sequence[tuple[Mapping[str, Any], Mapping[str, Sequence[float]]]] = (),
+    pictures: Sequence[tuple[Mapping[str, Any], Mapping[str, Sequence[float | None]]]] = (),
 ) -> str:
     """A panel for one record at a time, opened by a click on a point of a `figure`.
 

@@ -18,7 +18,11 @@ SLOW = 2.0
 
 def status(path: Path) -> dict[str, Any]:
     """Progress of a run directory, finished or live. Raises UserError where it is none."""
-    h = History.read(path)
+    return status_of(History.read(path))
+
+
+def status_of(h: History) -> dict[str, Any]:
+    """Progress of a run that was read already."""
     searched = [e for e in h.entries.values() if e.role == "search"]
     results = [(e, s, r) for e in h.entries.values() for s, r in e.results.items()]
     failures: dict[str, int] = {}
@@ -32,7 +36,7 @@ def status(path: Path) -> dict[str, Any]:
             if (scores := e.scores("search")) is not None:
                 losses[e.id] = float(objective.losses(scores)[0])
     best = min(losses, key=lambda i: (losses[i], i)) if losses else None
-    lines = [t for t in read_telemetry(path / TELEMETRY) if "proposal" in t]
+    lines = [t for t in read_telemetry(h.path / TELEMETRY) if "proposal" in t]
     sizes = {s: sum(len(i) for i in ids.values()) for s, ids in h.item_ids.items()}
     phase = "finished" if h.stopped else "final" if h.final else "searching" if searched else "baselines"
     return {
