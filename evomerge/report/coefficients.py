@@ -26,6 +26,12 @@ class CoefficientMap:
     rows: tuple[str, ...]
     values: Mapping[int, Rows]
 
+    @property
+    def constant(self) -> float | None:
+        """The value that the coefficient has wherever there is one, None where it varies."""
+        first, *others = {x for rows in self.values.values() for row in rows for x in row if x is not None}
+        return None if others else first
+
     def figure(self, candidate: int | None = None) -> Figure:
         """A heat map of one candidate, or one without values; its colours cover all candidates here."""
         finite = [x for rows in self.values.values() for row in rows for x in row if x is not None]

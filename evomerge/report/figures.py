@@ -260,14 +260,18 @@ def heat_map(
                 "hoverongaps": False,
                 "hovertemplate": "%{y}, %{x}<br>" + title + " %{z:.4g}<extra></extra>",
                 "texttemplate": "%{z:.2f}" if cells else "",
-                "colorbar": {"title": {"text": title, "side": "right"}, "thickness": 12, "outlinewidth": 0},
+                "colorbar": {
+                    "title": {"text": title, "side": "right", "font": {"size": 13}},
+                    "thickness": 12,
+                    "outlinewidth": 0,
+                },
             }
         ],
         "layout": {
-            "height": 150 + 34 * len(rows),
+            "height": 110 + 34 * len(rows),
             "xaxis": {"type": "category", "showgrid": False},
             "yaxis": {"type": "category", "showgrid": False, "autorange": "reversed"},
-            "margin": {"t": 10},
+            "margin": {"t": 30},
         },
     }
 

@@ -86,17 +86,22 @@ def lead(content: str) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of texts, the first column being the rows' names; what looks like a number is set to the right."""
-    head = "".join(f'<th scope="col">{html.escape(h)}</th>' for h in header)
-    body = "\n".join(f"<tr>{''.join(_cell(c, i) for i, c in enumerate(r))}</tr>" for r in rows)
+    """A table of texts, the first column being the rows' names; columns of numbers are set to the right."""
+    number = [i > 0 and bool(rows) and all(_NUMBER.fullmatch(r[i] or "0") for r in rows) for i in range(len(header))]
+    cells = ['<td class="number">{}</td>' if n else "<td>{}</td>" for n in number]
+    heads = ['<th scope="col" class="number">{}</th>' if n else '<th scope="col">{}</th>' for n in number]
+    cells[0] = '<th scope="row">{}</th>'
+    head = "".join(h.format(html.escape(c)) for h, c in zip(heads, header, strict=True))
+    body = "\n".join(
+        f"<tr>{''.join(cell.format(html.escape(c)) for cell, c in zip(cells, row, strict=True))}</tr>" for row in rows
+    )
     return f'<div class="scroll"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
 
 
-def _cell(content: str, column: int) -> str:
-    if column == 0:
-        return f'<th scope="row">{html.escape(content)}</th>'
-    number = ' class="number"' if _NUMBER.fullmatch(content) else ""
-    return f"<td{number}>{html.escape(content)}</td>"
+def facts(rows: Sequence[tuple[str, str]]) -> str:
+    """A table of names and what is to be said of each."""
+    body = "\n".join(f'<tr><th scope="row">{html.escape(k)}</th><td>{html.escape(v)}</td></tr>' for k, v in rows)
+    return f'<div class="scroll"><table class="facts"><tbody>\n{body}\n</tbody></table></div>'
 
 
 def code(content: str) -> str:

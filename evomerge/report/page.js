@@ -5,7 +5,7 @@
   // Everything that differs between light and dark lies in a template, so that one relayout changes it.
   const template = (night) => {
     const [text, grid, line] = night ? ["#e3e7eb", "#2c333a", "#6b7681"] : ["#1c2024", "#e6eaee", "#8b95a0"];
-    const axis = { gridcolor: grid, linecolor: line, zerolinecolor: line, tickcolor: line, automargin: true };
+    const axis = { gridcolor: grid, linecolor: line, zerolinecolor: line, tickcolor: line, automargin: true, title: { font: { size: 13 } } };
     return {
       layout: {
         font: { family: "system-ui, 'Liberation Sans', Arial, sans-serif", size: 13, color: text },
@@ -13,6 +13,7 @@
         plot_bgcolor: "rgba(0,0,0,0)",
         margin: { l: 60, r: 20, t: 30, b: 50 },
         hoverlabel: { bgcolor: night ? "#232a31" : "#ffffff", bordercolor: line, font: { color: text }, align: "left" },
+        modebar: { bgcolor: "rgba(0,0,0,0)", color: line, activecolor: text },
         legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0 },
         hovermode: "closest",
         xaxis: axis,
@@ -38,14 +39,16 @@
   const config = {
     responsive: true,
     displaylogo: false,
-    modeBarButtonsToRemove: ["toImage", "select2d", "lasso2d", "zoomIn2d", "zoomOut2d"],
-    modeBarButtonsToAdd: [save],
+    modeBarButtons: [[save, "zoom2d", "pan2d", "resetScale2d"]],  // none that sends a figure elsewhere
   };
 
   const drawn = [];
   const draw = (div, figure) => {
+    // The height goes to the element: a figure that has one itself forgets it when the window changes.
+    const { height, ...layout } = figure.layout;
+    div.style.height = `${height ?? 420}px`;
     drawn.push(div);
-    return Plotly.newPlot(div, figure.data, { ...figure.layout, template: template(dark.matches) }, config);
+    return Plotly.newPlot(div, figure.data, { ...layout, template: template(dark.matches) }, config);
   };
   dark.addEventListener("change", () => {
     for (const div of drawn.filter((d) => d.isConnected)) {

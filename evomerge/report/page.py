@@ -56,18 +56,20 @@ def run_page(history: History) -> str:
     split = next((s for s in ("report", "select", "search") if results(history, s).table), "search")
     r = results(history, split)
     chosen = history.winner_id if history.winner_id is not None else state["best"]
-    losses = _losses(history)
+    losses: dict[str, dict[int, float]] = {s: {} for s in SPLITS}
+    for row in history.evaluations:
+        losses[row["split"]][row["id"]] = row["loss"]
     sections = [
         html.section("", *_opening(history, r, state)),
         html.section("Scores", *_scores(history, r, split)),
-        html.section("Progress", *_progress(history, losses, chosen)),
+        html.section("Progress", *_progress(history, losses["search"], losses["select"], chosen)),
         html.section("Coefficients", *_coefficients(history, chosen)),
         html.section("Search, select, report", *_by_split(history)),
         html.section("Items", *_items(history, state)),
         html.section("Failures", *_failures(history)),
         html.section("Cost", *_cost(history, state)),
     ]
-    if lineage := _lineage(history, losses, chosen):
+    if lineage := _lineage(history, losses["search"], chosen):
         sections.append(html.section("Lineage", *lineage))
     sections += [
         html.section("Recipe", *_recipe(history, chosen)),
@@ -97,7 +99,7 @@ def _opening(history: History, r: Results, state: Mapping[str, Any]) -> list[str
         ("precision", f"{history.dtype} on {state['numerics'].get('device', 'an unknown device')}"),
         ("when", _when(history)),
     ]
-    return [*parts, html.table(["", ""], [list(row) for row in rows if row[1]])]
+    return [*parts, html.facts([row for row in rows if row[1]])]
 
 
 def verdict(history: History, r: Results, state: Mapping[str, Any]) -> str:
@@ -131,7 +133,8 @@ def verdict(history: History, r: Results, state: Mapping[str, Any]) -> str:
         result = "is not told apart from"
     return (
         f"{name} {result} the best baseline, {best!r}: mean {c.metric} {_number(means['winner'].score)} against "
-        f"{_number(means[best].score)} on the {c.split} split, difference {_difference(c)}."
+        f"{_number(means[best].score)} on the {c.split} split, a difference of {c.difference:+.3f} "
+        f"(95% interval {c.low:+.3f} to {c.high:+.3f}, {p_text(c.p)})."
     )
 
 
@@ -246,12 +249,10 @@ def _clock(seconds: float) -> str:
 # -- progress -------------------------------------------------------------------------------------------------
 
 
-def _losses(history: History) -> dict[int, float]:
-    """Loss on the search split by candidate, +inf where it failed; those not scored there yet are missing."""
-    return {row["id"]: row["loss"] for row in history.evaluations if row["split"] == "search"}
-
-
-def _progress(history: History, losses: Mapping[int, float], chosen: int | None) -> list[str]:
+def _progress(
+    history: History, losses: Mapping[int, float], select: Mapping[int, float], chosen: int | None
+) -> list[str]:
+    """Losses on the search split by candidate, +inf where it failed; those not scored there yet are missing."""
     scored = [history.entries[i] for i in sorted(losses)]
     if not scored:
         return [html.text("No candidate is scored yet.")]
@@ -259,9 +260,9 @@ def _progress(history: History, losses: Mapping[int, float], chosen: int | None)
     shown = _selection(history, scored, {i for i, _ in improvements})
     kinds = {e.id: _kind(history, e) for e in shown}
     points = [figures.Point(e.id, kinds[e.id], losses[e.id], _hover(history, e)) for e in shown]
-    stages = [(next(stage).id, f"stage {n + 1}") for n, stage in groupby(_searched(scored), key=lambda e: e.stage)]
+    stages = [(next(stage).id, f"stage {n}") for n, stage in groupby(_searched(scored), key=lambda e: e.stage)]
     figure = figures.progress(points, improvements, stages if len(history.experiment.stages) > 1 else [])
-    parts = [html.figure(figure, details="candidates"), _details(history, shown, losses, chosen)]
+    parts = [html.figure(figure, details="candidates"), _details(history, shown, losses, select, chosen)]
     notes = []
     if above := sum(figure["layout"]["yaxis"]["range"][1] < p.loss < math.inf for p in points):
         notes.append(f"{above:,} of the shown candidates lie above the view; a double click shows them.")
@@ -311,7 +312,7 @@ def _kind(history: History, e: Entry) -> str:
 
 def _hover(history: History, e: Entry) -> list[str]:
     what = " ".join(x for x in (e.role, e.name) if x)
-    at = f", stage {e.stage + 1}, generation {e.group}" if e.stage >= 0 else ""
+    at = f", stage {e.stage}, generation {e.group}" if e.stage >= 0 else ""
     result = e.results["search"]
     if result.scores is None:
         return [what + at, f"{result.status} {figures.clipped(result.reason, 80)}".strip()]
@@ -327,8 +328,13 @@ def _means(history: History, scores: Scores) -> dict[str, float]:
     return {f"{t.name} {t.report_metric}": float(np.mean(scores[t.name][t.report_metric])) for t in tasks}
 
 
-def _details(history: History, shown: Sequence[Entry], losses: Mapping[int, float], chosen: int | None) -> str:
-    select = {row["id"]: row["loss"] for row in history.evaluations if row["split"] == "select"}
+def _details(
+    history: History,
+    shown: Sequence[Entry],
+    losses: Mapping[int, float],
+    select: Mapping[int, float],
+    chosen: int | None,
+) -> str:
     tasks = [f"{t.name} {t.report_metric}, search" for t in history.experiment.tasks]
     fields = ["what", "stage", "generation", "parents", "loss on search", "loss on select", "result", *tasks]
     rows = {}
@@ -337,7 +343,7 @@ def _details(history: History, shown: Sequence[Entry], losses: Mapping[int, floa
         means = [] if result.scores is None else [_number(x) for x in _means(history, result.scores).values()]
         rows[str(e.id)] = [
             _kind(history, e) + (f" {e.name}" if e.role == "baseline" else ""),
-            e.stage + 1 if e.stage >= 0 else None,
+            e.stage if e.stage >= 0 else None,
             e.group if e.stage >= 0 else None,
             ", ".join(map(str, e.parents[:20])) or None,
             _loss(losses.get(e.id)),
@@ -395,7 +401,9 @@ def _coefficients(history: History, chosen: int | None) -> list[str]:
             "column; a gap means that the block has no such coefficient."
         )
     ]
-    return parts + [html.figure(m.figure(chosen)) for m in coefficient_maps({chosen: recipe}, history.manifest)]
+    maps = coefficient_maps({chosen: recipe}, history.manifest)
+    parts += [html.figure(m.figure(chosen)) for m in maps if m.constant is None]
+    return parts + [html.text(f"{m.name} is {m.constant:g} everywhere.") for m in maps if m.constant is not None]
 
 
 def _who(history: History, chosen: int) -> str:
@@ -414,7 +422,9 @@ def _by_split(history: History) -> list[str]:
     marks: dict[str, list[figures.Mark | None]] = {}
     for name, e in models.items():
         means = [None if (x := e.scores(s)) is None else cells(history, name, x, s)[-1] for s in splits]
-        marks[name] = [m and figures.Mark(name, MEAN, m.score, m.low, m.high, _interval(m)) for m in means]
+        marks[name] = [
+            None if m is None else figures.Mark(name, MEAN, m.score, m.low, m.high, _interval(m)) for m in means
+        ]
     if not splits:
         return [html.text("Nothing is scored yet.")]
     metric = "+".join(sorted({t.report_metric for t in history.experiment.tasks}))
@@ -477,14 +487,14 @@ def _cost(history: History, state: Mapping[str, Any]) -> list[str]:
     wall = float(state["run_seconds"])
     build, score = (sum(float(t[k]) for t in lines) for k in ("build_seconds", "score_seconds"))
     busy = build + score
+    shares = f", of which {build / busy:.1%} building and {score / busy:.1%} scoring" if busy > 0 else ""
+    pace = f", {60 * len(lines) / wall:,.1f} a minute" if wall > 0 else ""
     rows = [
-        ["wall time", _clock(wall)],
-        ["worker time", f"{_clock(busy)}, of which {build / busy:.1%} building and {score / busy:.1%} scoring"]
-        if busy > 0
-        else ["worker time", _clock(busy)],
-        ["evaluations", f"{len(lines):,}" + (f", {60 * len(lines) / wall:.1f} a minute" if wall > 0 else "")],
-        ["peak memory of a worker", f"{state['peak_mb']:,.0f} MiB"],
-        ["attempts lost with a worker", f"{sum(int(t['attempts']) - 1 for t in lines):,}"],
+        ("wall time", _clock(wall)),
+        ("worker time", _clock(busy) + shares),
+        ("evaluations", f"{len(lines):,}{pace}"),
+        ("peak memory of a worker", f"{state['peak_mb']:,.0f} MiB"),
+        ("attempts lost with a worker", f"{sum(int(t['attempts']) - 1 for t in lines):,}"),
     ]
     workers = [
         [
@@ -498,7 +508,7 @@ def _cost(history: History, state: Mapping[str, Any]) -> list[str]:
     ]
     header = ["worker", "device", "evaluations", "median seconds each", "idle"]
     note = "From the run's telemetry, which may lack what a killed run did last; earlier sittings are included."
-    return [html.table(["", ""], rows), html.table(header, workers), html.note(note)]
+    return [html.facts(rows), html.table(header, workers), html.note(note)]
 
 
 # -- lineage --------------------------------------------------------------------------------------------------
@@ -558,12 +568,12 @@ def _commands(history: History) -> list[str]:
     if not history.path.is_absolute():
         parts.append(html.note(f"Paths are relative to {os.getcwd()}."))
     numerics = {"evomerge": version("evomerge"), **history.facts["numerics"]}
-    rows = [[str(k), figures.clipped(str(v), 120)] for k, v in numerics.items()]
-    rows.append(["experiment", str(history.facts["experiment_id"])])
+    rows = [(str(k), figures.clipped(str(v), 120)) for k, v in numerics.items()]
+    rows.append(("experiment", str(history.facts["experiment_id"])))
     return [
         *parts,
         html.note("Scores repeat to the last bit on the same software and hardware:"),
-        html.table(["", ""], rows),
+        html.facts(rows),
     ]
 
 

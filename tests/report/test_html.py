@@ -113,7 +113,11 @@ def test_only_own_scripts_run_and_nothing_is_loaded() -> None:
 
 
 def test_numbers_stand_right() -> None:
-    markup = table(["model", "mean", "why"], [["base", "0.512 [0.41, 0.61]", "since 3 of them"]])
+    """A column of numbers, intervals included, is set to the right with its heading; one of words is not."""
+    markup = table(
+        ["model", "mean", "why"], [["base", "0.512 [0.41, 0.61]", "3"], ["one", "-1,204.5", "since 3 of them"]]
+    )
 
-    assert '<td class="number">0.512 [0.41, 0.61]</td>' in markup
-    assert "<td>since 3 of them</td>" in markup
+    assert parsed(markup).tags.count(("td", {"class": "number"})) == 2
+    assert '<th scope="col" class="number">mean</th>' in markup
+    assert "<td>3</td>" in markup
