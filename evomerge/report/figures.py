@@ -39,16 +39,15 @@ class Mark:
     hover: str = ""
 
 
-def styles(models: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Colour and symbol by model: the winner in vermilion, the first (the base) grey, the others by the palette."""
-    out = {}
-    others = [m for m in models if m != "winner"]
-    for i, model in enumerate(others):
+def styles(models: Sequence[str], chosen: str) -> dict[str, tuple[str, str]]:
+    """Colour and symbol by model: `chosen` in vermilion, the first (the base) grey, the others by the palette."""
+    out = {chosen: (WINNER, "circle")}
+    for i, model in enumerate(m for m in models if m != chosen):
         j = (i - 1) % len(PALETTE)
         # Beyond eight models the colours repeat with other symbols.
         symbol = SYMBOLS[(j + 3 * ((i - 1) // len(PALETTE))) % len(SYMBOLS)]
         out[model] = (PALETTE[j], symbol) if i else (GREY, "circle")
-    return out | {"winner": (WINNER, "circle")} if "winner" in models else out
+    return out
 
 
 def intervals(marks: Sequence[Mark], title: str, style: Mapping[str, tuple[str, str]], *, zero: bool = False) -> Figure:
@@ -74,10 +73,10 @@ def intervals(marks: Sequence[Mark], title: str, style: Mapping[str, tuple[str, 
                     "symmetric": False,
                     "array": [m.high - m.value for m in mine],
                     "arrayminus": [m.value - m.low for m in mine],
-                    "thickness": 2.5 if model == "winner" else 1.5,
+                    "thickness": 2.5 if colour == WINNER else 1.5,
                     "width": 0,
                 },
-                "marker": {"color": colour, "symbol": symbol, "size": size + (2 if model == "winner" else 0)},
+                "marker": {"color": colour, "symbol": symbol, "size": size + (2 if colour == WINNER else 0)},
                 "customdata": [[model, m.task, m.hover] for m in mine],
                 "hovertemplate": "<b>%{customdata[0]}</b>, %{customdata[1]}<br>%{customdata[2]}<extra></extra>",
             }
@@ -300,8 +299,8 @@ def by_split(
                     "thickness": 1.2,
                     "width": 0,
                 },
-                "line": {"color": colour, "width": 3 if model == "winner" else 1.2},
-                "marker": {"color": colour, "symbol": symbol, "size": 9 if model == "winner" else 7},
+                "line": {"color": colour, "width": 3 if colour == WINNER else 1.2},
+                "marker": {"color": colour, "symbol": symbol, "size": 9 if colour == WINNER else 7},
                 "customdata": [[model, s, "" if m is None else m.hover] for s, m in zip(splits, marks, strict=True)],
                 "hovertemplate": "<b>%{customdata[0]}</b>, %{customdata[1]}<br>%{customdata[2]}<extra></extra>",
             }

@@ -31,6 +31,7 @@ from evomerge.rundir import EXPERIMENT, TELEMETRY, read_telemetry
 from evomerge.score.tasks import METRICS, SPLITS
 
 NAME = "report.html"
+BEST = "best so far"
 MAX_POINTS = 4000
 MAX_SCORES = 100_000
 """Scores in the details of candidates: with many tasks fewer candidates are shown."""
@@ -61,7 +62,7 @@ def run_page(history: History) -> str:
         losses[row["split"]][row["id"]] = row["loss"]
     sections = [
         html.section("", *_opening(history, r, state)),
-        html.section("Scores", *_scores(history, r, split)),
+        html.section("Scores", *_scores(history, r, split, chosen)),
         html.section("Progress", *_progress(history, losses["search"], losses["select"], chosen)),
         html.section("Coefficients", *_coefficients(history, chosen)),
         html.section("Search, select, report", *_by_split(history)),
@@ -177,20 +178,20 @@ def _when(history: History) -> str:
 # -- scores ---------------------------------------------------------------------------------------------------
 
 
-def _scores(history: History, r: Results, split: str) -> list[str]:
+def _scores(history: History, r: Results, split: str, chosen: int | None) -> list[str]:
     if not r.table:
         return [html.text("Nothing is scored yet.")]
-    tasks = list(dict.fromkeys(s.task for s in r.table))
-    models = list(dict.fromkeys(s.model for s in r.table))
-    cell = {(s.model, s.task): s for s in r.table}
-    style = figures.styles(models)
+    rows, what = r.table, f"Means on the {split} split with 95% intervals over its items."
+    if chosen is not None and r.winner is None and (scores := history.entry(chosen).scores(split)) is not None:
+        rows = [*rows, *cells(history, BEST, scores, split)]
+        what += f" {BEST!r} is candidate {chosen}, which was chosen by these very items: its scores flatter it."
+    tasks = list(dict.fromkeys(s.task for s in rows))
+    models = list(dict.fromkeys(s.model for s in rows))
+    cell = {(s.model, s.task): s for s in rows}
+    style = figures.styles(models, "winner" if r.winner is not None else BEST)
     header = ["model", *(f"{t} (n={cell[models[0], t].n:,})" for t in tasks)]
-    rows = [[m, *(_interval(cell[m, t]) for t in tasks)] for m in models]
-    parts = [
-        html.note(f"Means on the {split} split with 95% intervals over its items."),
-        html.table(header, rows),
-    ]
-    for metric, own in _by_metric(r.table):
+    parts = [html.note(what), html.table(header, [[m, *(_interval(cell[m, t]) for t in tasks)] for m in models])]
+    for metric, own in _by_metric(rows):
         marks = [figures.Mark(s.model, s.task, s.score, s.low, s.high, _interval(s)) for s in own]
         parts.append(html.figure(figures.intervals(marks, f"{metric} ({_better(metric)})", style)))
     if r.comparisons:
@@ -419,32 +420,30 @@ def _by_split(history: History) -> list[str]:
     if history.winner_id is not None:
         models["winner"] = history.entry(history.winner_id)
     splits = [s for s in SPLITS if any(s in e.results for e in models.values())]
+    if len(splits) < 2:
+        return [html.text("Only the search split is scored so far.")]
     marks: dict[str, list[figures.Mark | None]] = {}
     for name, e in models.items():
         means = [None if (x := e.scores(s)) is None else cells(history, name, x, s)[-1] for s in splits]
         marks[name] = [
             None if m is None else figures.Mark(name, MEAN, m.score, m.low, m.high, _interval(m)) for m in means
         ]
-    if not splits:
-        return [html.text("Nothing is scored yet.")]
     metric = "+".join(sorted({t.report_metric for t in history.experiment.tasks}))
-    parts = [
-        html.note(
-            "The search chose among candidates by the search split, the winner was chosen among finalists by the "
-            "select split, and nothing was chosen by the report split: only its scores are unbiased. Baselines were "
-            "not chosen, so they show how much the splits differ by themselves."
-        ),
-        html.figure(figures.by_split(splits, marks, f"mean {metric}", figures.styles(list(models)))),
-    ]
+    note = (
+        "The search chose among candidates by the search split, the winner was chosen among finalists by the select "
+        "split, and nothing was chosen by the report split: only its scores are unbiased. Baselines were not chosen, "
+        "so they show how much the splits differ by themselves."
+    )
     rows = []
     for name, own in marks.items():
         score = {s: m for s, m in zip(splits, own, strict=True) if m is not None}
-        gap = ""
-        if "search" in score and "report" in score:
-            gap = f"{score['search'].value - score['report'].value:+.3f}"
-        rows.append([name, *(score[s].hover if s in score else "" for s in splits), gap])
-    parts.append(html.table(["model", *splits, "search minus report"], rows))
-    return parts
+        gap = score["search"].value - score["report"].value if {"search", "report"} <= set(score) else None
+        rows.append([name, *(m.hover if m else "" for m in own), "" if gap is None else f"{gap:+.3f}"])
+    return [
+        html.note(note),
+        html.figure(figures.by_split(splits, marks, f"mean {metric}", figures.styles(list(models), "winner"))),
+        html.table(["model", *splits, "search minus report"], rows),
+    ]
 
 
 # -- work -----------------------------------------------------------------------------------------------------
