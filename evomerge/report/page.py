@@ -355,7 +355,9 @@ def _details(
     commands = [f"evomerge show {_at(history)} {{}}", f"evomerge export {_at(history)} {{}} --to candidate-{{}}"]
     maps = coefficient_maps(_recipes(history, _first(shown, losses, chosen)), history.manifest)
     pictures = [
-        (m.figure(), {str(i): [_short(x) for row in z for x in row] for i, z in m.values.items()}) for m in maps
+        (m.figure(), {str(i): [_short(x) for row in z for x in row] for i, z in m.values.items()})
+        for m in maps
+        if m.constant is None
     ]
     return html.details("candidates", fields, rows, commands, pictures)
 

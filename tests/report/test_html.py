@@ -62,7 +62,7 @@ def everything(name: str) -> str:
             section(
                 name,
                 text(name),
-                table([name], [[name, name]]),
+                table([name, name], [[name, name]]),
                 code(name),
                 figure(fig, details=name),
                 details(name, [name], {name: [name]}, [name], [({"data": [{"y": [name]}]}, {name: [1.0]})]),
