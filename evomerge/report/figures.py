@@ -55,8 +55,8 @@ def intervals(marks: Sequence[Mark], title: str, style: Mapping[str, tuple[str, 
     models, tasks = list(dict.fromkeys(m.model for m in marks)), list(dict.fromkeys(m.task for m in marks))
     group = len(models) + 1
     row = {(m, t): i * group + j for i, t in enumerate(tasks) for j, m in enumerate(models)}
-    pitch = min(15.0, max(4.5, 2000 / max(1, group * len(tasks))))
-    size = min(9.0, pitch * 0.65)
+    pitch = min(15.0, max(6.0, 2000 / (group * len(tasks))))
+    size = min(9.0, pitch * 0.8)
     data = []
     for model in models:
         mine = [m for m in marks if m.model == model]
@@ -356,6 +356,7 @@ def ancestry(nodes: Sequence[tuple[int, float]], edges: Sequence[tuple[int, int]
     }
 
 
-def clipped(name: str, length: int = 24) -> str:
-    """A name that fits beside a figure."""
-    return name if len(name) <= length else f"{name[: length - 1]}…"
+def clipped(name: str, length: int = 26) -> str:
+    """A name that fits beside a figure: long ones lose their middle, since they tend to differ at the end."""
+    keep = (length - 1) // 2
+    return name if len(name) <= length else f"{name[: length - 1 - keep]}…{name[-keep:]}"

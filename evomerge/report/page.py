@@ -162,7 +162,7 @@ def _listed(names: Sequence[str], most: int = 12) -> str:
 def _space(history: History) -> str:
     out = []
     for space in history.spaces:
-        out.append(f"{space.spec.method} with {len(space.axes)} coefficients")
+        out.append(f"{space.spec.method} with {len(space.axes):,} coefficients")
     return ", then ".join(out)
 
 
@@ -189,13 +189,21 @@ def _scores(history: History, r: Results, split: str, chosen: int | None) -> lis
     models = list(dict.fromkeys(s.model for s in rows))
     cell = {(s.model, s.task): s for s in rows}
     style = figures.styles(models, "winner" if r.winner is not None else BEST)
-    header = ["model", *(f"{t} (n={cell[models[0], t].n:,})" for t in tasks)]
-    parts = [html.note(what), html.table(header, [[m, *(_interval(cell[m, t]) for t in tasks)] for m in models])]
+    sized = {t: f"{t} (n={cell[models[0], t].n:,})" for t in tasks}
+    parts = [html.note(what), _crossed("model", models, sized, {k: _interval(s) for k, s in cell.items()})]
     for metric, own in _by_metric(rows):
         marks = [figures.Mark(s.model, s.task, s.score, s.low, s.high, _interval(s)) for s in own]
         parts.append(html.figure(figures.intervals(marks, f"{metric} ({_better(metric)})", style)))
     if r.comparisons:
-        parts += [html.subheading("Winner minus each baseline, paired by item"), _differences(r.comparisons, tasks)]
+        parts += [
+            html.subheading("Winner minus each baseline, paired by item"),
+            _crossed(
+                "winner minus",
+                list(dict.fromkeys(c.model for c in r.comparisons)),
+                dict(zip(tasks, tasks, strict=True)),
+                {(c.model, c.task): _difference(c) for c in r.comparisons},
+            ),
+        ]
         for metric, own in _by_metric(r.comparisons):
             marks = [figures.Mark(c.model, c.task, c.difference, c.low, c.high, _difference(c)) for c in own]
             title = f"difference in {metric} ({_side(metric)})"
@@ -209,10 +217,11 @@ def _scores(history: History, r: Results, split: str, chosen: int | None) -> lis
     return parts
 
 
-def _differences(comparisons: Sequence[Comparison], tasks: Sequence[str]) -> str:
-    cell = {(c.model, c.task): c for c in comparisons}
-    models = dict.fromkeys(c.model for c in comparisons)
-    return html.table(["winner minus", *tasks], [[m, *(_difference(cell[m, t]) for t in tasks)] for m in models])
+def _crossed(corner: str, models: Sequence[str], tasks: Mapping[str, str], cell: Mapping[tuple[str, str], str]) -> str:
+    """A table with a row a model, or with a row a task where there are many of them."""
+    if len(tasks) > max(8, len(models)):
+        return html.table([corner, *models], [[title, *(cell[m, t] for m in models)] for t, title in tasks.items()])
+    return html.table([corner, *tasks.values()], [[m, *(cell[m, t] for t in tasks)] for m in models])
 
 
 def _by_metric(rows: Sequence[Any]) -> list[tuple[str, list[Any]]]:
@@ -316,7 +325,7 @@ def _hover(history: History, e: Entry) -> list[str]:
     at = f", stage {e.stage}, generation {e.group}" if e.stage >= 0 else ""
     result = e.results["search"]
     if result.scores is None:
-        return [what + at, f"{result.status} {figures.clipped(result.reason, 80)}".strip()]
+        return [what + at, f"{result.status} {result.reason[:80]}".strip()]
     means = _means(history, result.scores)
     more = len(means) - HOVERED_TASKS
     lines = [f"{t}: {_number(x)}" for t, x in list(means.items())[:HOVERED_TASKS]]
@@ -349,7 +358,7 @@ def _details(
             ", ".join(map(str, e.parents[:20])) or None,
             _loss(losses.get(e.id)),
             _loss(select.get(e.id)),
-            None if result.ok else f"{result.status} {figures.clipped(result.reason, 200)}",
+            None if result.ok else f"{result.status} {result.reason[:200]}",
             *means,
         ]
     commands = [f"evomerge show {_at(history)} {{}}", f"evomerge export {_at(history)} {{}} --to candidate-{{}}"]
@@ -472,10 +481,10 @@ def _failures(history: History) -> list[str]:
     failed = [(r, s, e.id) for e in history.entries.values() for s, r in e.results.items() if not r.ok]
     if not failed:
         return [html.text("No evaluation failed.")]
-    kinds = Counter((r.status, figures.clipped(r.reason, 200), s) for r, s, _ in failed)
+    kinds = Counter((r.status, r.reason[:200], s) for r, s, _ in failed)
     rows = []
     for (status, reason, split), n in kinds.most_common(20):
-        ids = [i for r, s, i in failed if (r.status, figures.clipped(r.reason, 200), s) == (status, reason, split)]
+        ids = [i for r, s, i in failed if (r.status, r.reason[:200], s) == (status, reason, split)]
         rows.append([status, reason, split, f"{n:,}", _listed([str(i) for i in ids], 6)])
     more = [html.note(f"and {len(kinds) - 20} other reasons")] if len(kinds) > 20 else []
     return [html.table(["status", "reason", "split", "times", "candidates"], rows), *more]
