@@ -6,7 +6,7 @@ import glob
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from evomerge.errors import RunError, UserError
@@ -88,7 +88,8 @@ def replace_file(target: Path, text: str) -> None:
         temporary.replace(target)
         _sync(target.parent)
     except BaseException as e:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # the folder may be none
+            temporary.unlink()
         if isinstance(e, OSError):
             raise RunError(f"{target}: cannot be written ({e.strerror or e})") from None
         raise

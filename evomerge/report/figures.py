@@ -97,7 +97,7 @@ def intervals(marks: Sequence[Mark], title: str, style: Mapping[str, tuple[str, 
             },
             "shapes": lines,
             "showlegend": True,
-            "legend": {"traceorder": "normal"},
+            "legend": {"itemsizing": "constant"},
             "margin": {"t": 20},
         },
     }
@@ -260,7 +260,7 @@ def heat_map(
                 "hovertemplate": "%{y}, %{x}<br>" + title + " %{z:.4g}<extra></extra>",
                 "texttemplate": "%{z:.2f}" if cells else "",
                 "colorbar": {
-                    "title": {"text": title, "side": "right", "font": {"size": 13}},
+                    "title": {"text": title, "side": "top", "font": {"size": 13}},
                     "thickness": 12,
                     "outlinewidth": 0,
                 },
@@ -308,7 +308,7 @@ def by_split(
     return {
         "data": data,
         "layout": {
-            "height": 380,
+            "height": 350 + 20 * _legend_rows(list(models)),
             "xaxis": {
                 "tickvals": list(range(len(splits))),
                 "ticktext": list(splits),

@@ -25,7 +25,7 @@ from evomerge.errors import RunError
 TEMPLATED = frozenset({"hovertemplate", "texttemplate"})
 """Keys of a figure whose text is ours: plotly's markup (<br>, <extra>) works there, and nowhere else."""
 
-_NUMBER = re.compile(r"[-+\u2212]?\d[\d.,e+\-]*( ?[%A-Za-z]{1,8}(/[a-z]+)?)?( \[.*\])?( p[<=][\d.]+)?")
+_NUMBER = re.compile(r"[-+\u2212]?\d[\d.,e+\-]*( ?[%A-Za-z]{1,8}(/[a-z]+)?)?( \[.*\])?")
 
 
 def page(title: str, sections: Sequence[str]) -> str:

@@ -14,7 +14,7 @@
         margin: { l: 60, r: 20, t: 30, b: 50 },
         hoverlabel: { bgcolor: night ? "#232a31" : "#ffffff", bordercolor: line, font: { color: text }, align: "left" },
         modebar: { bgcolor: "rgba(0,0,0,0)", color: line, activecolor: text },
-        legend: { orientation: "h", y: 1, yanchor: "bottom", x: 0, itemsizing: "constant" },
+        legend: { orientation: "h", y: 1, yanchor: "bottom", x: 0 },
         hovermode: "closest",
         xaxis: axis,
         yaxis: axis,

@@ -190,7 +190,7 @@ def _scores(history: History, r: Results, split: str, chosen: int | None) -> lis
     cell = {(s.model, s.task): s for s in rows}
     style = figures.styles(models, "winner" if r.winner is not None else BEST)
     sized = {t: f"{t} (n={cell[models[0], t].n:,})" for t in tasks}
-    parts = [html.note(what), _crossed("model", models, sized, {k: _interval(s) for k, s in cell.items()})]
+    parts = [html.note(what), _crossed("", models, sized, {k: _interval(s) for k, s in cell.items()})]
     for metric, own in _by_metric(rows):
         marks = [figures.Mark(s.model, s.task, s.score, s.low, s.high, _interval(s)) for s in own]
         parts.append(html.figure(figures.intervals(marks, f"{metric} ({_better(metric)})", style)))
@@ -243,7 +243,7 @@ def _interval(s: Score) -> str:
 
 
 def _difference(c: Comparison) -> str:
-    return f"{c.difference:+.3f} [{c.low:+.2f}, {c.high:+.2f}] {p_text(c.p)}"
+    return f"{c.difference:+.3f} [{c.low:+.2f}, {c.high:+.2f}] {p_text(c.p)}".replace(" ", "\u00a0")
 
 
 def _number(x: float) -> str:
