@@ -274,7 +274,8 @@ def _progress(
     figure = figures.progress(points, improvements, stages if len(history.experiment.stages) > 1 else [])
     parts = [html.figure(figure, details="candidates"), _details(history, shown, losses, select, chosen)]
     notes = []
-    if above := sum(figure["layout"]["yaxis"]["range"][1] < p.loss < math.inf for p in points):
+    _, top = figure["layout"]["yaxis"]["range"] or (0.0, math.inf)
+    if above := sum(top < p.loss < math.inf for p in points):
         notes.append(f"{above:,} of the shown candidates lie above the view; a double click shows them.")
     if len(shown) < len(scored):
         notes.append(f"Shown are {len(shown):,} of {len(scored):,} candidates: all improvements, the others evenly.")

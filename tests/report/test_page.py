@@ -240,6 +240,10 @@ def test_all_candidates_failed(made_history: Any) -> None:
 
     assert "40 evaluations failed" in Page(run_page(history)).text
 
+    failed = Evaluation("failed:oom", None, "no memory")
+    entries = {i: replace(e, results={"search": failed}) for i, e in history.entries.items()}
+    assert "44 evaluations failed" in Page(run_page(replace(history, entries=entries))).text
+
 
 def test_lineage_where_there_are_parents(made_history: Any) -> None:
     """The winner's ancestors and nobody else, with an edge from each parent."""
@@ -281,7 +285,10 @@ def test_hostile_names_stay_text(made_history: Any) -> None:
 
 @pytest.mark.parametrize(
     ("candidates", "tasks", "layers", "experts", "method"),
-    [(20_000, 3, 2, 2, "task_arithmetic"), (3_000, 40, 32, 8, "ties")],
+    [
+        (20_000, 3, 2, 2, "task_arithmetic"),
+        pytest.param(3_000, 40, 32, 8, "ties", marks=pytest.mark.slow),
+    ],
 )
 def test_long_runs_make_no_huge_pages(
     made_history: Any, candidates: int, tasks: int, layers: int, experts: int, method: str, tmp_path: Path
