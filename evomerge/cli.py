@@ -126,9 +126,10 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("dir", type=Path)
     p.add_argument("id", nargs="?", help="number of the candidate, or winner (default)")
 
-    p = with_json(command("report", _report, "the table of baselines and winner, with intervals and paired tests"))
+    p = with_json(command("report", _report, "the table of baselines and winner, and the page with the figures"))
     p.add_argument("dir", type=Path)
-    p.add_argument("--split", choices=("search", "select", "report"), default="report")
+    p.add_argument("--split", choices=("search", "select", "report"), default="report", help="of the printed table")
+    p.add_argument("--html", type=Path, metavar="PATH", help="where the page goes (default DIR/report.html)")
 
     p = with_json(command("export", _export, "write a candidate as a checkpoint or a mergekit configuration"))
     p.add_argument("dir", type=Path)
@@ -200,6 +201,7 @@ def _resume(args: argparse.Namespace) -> int:
 def _go(args: argparse.Namespace, experiment: Any, out: Path) -> int:
     from evomerge.commit import Interrupted
     from evomerge.progress import Terminal
+    from evomerge.report.page import write_page
     from evomerge.report.results import results, text_table
     from evomerge.run import run
 
@@ -220,11 +222,17 @@ def _go(args: argparse.Namespace, experiment: Any, out: Path) -> int:
         target = out / "exports" / experiment.export.format
         if not target.exists():
             _write_export(history, history.winner_id, experiment.export.format, target)
+    try:
+        page = f"page: {write_page(history)}"
+    except RunError as e:  # takes nothing from the run, which is whole in its journal
+        page = f"no page: {_line(e)}; make one with: evomerge report {out} --html PATH"
+        print(f"evomerge: {page}", file=sys.stderr)
     _print(
         args,
         {"dir": str(out), **results(history).to_json()},
         lambda: (
-            f"{text_table(history)}\n\nrun directory: {out}\nnext: evomerge show {out}, evomerge export {out} --to PATH"
+            f"{text_table(history)}\n\n{page}\nrun directory: {out}\n"
+            f"next: evomerge show {out}, evomerge export {out} --to PATH"
         ),
     )
     return 0
@@ -318,10 +326,19 @@ def _front(args: argparse.Namespace) -> int:
 
 def _report(args: argparse.Namespace) -> int:
     from evomerge.history import History
+    from evomerge.report.page import write_page
     from evomerge.report.results import results, text_table
 
+    if args.html is not None and args.html.suffix != ".html":
+        raise UserError(f"--html {args.html}: expected a file name that ends in .html")
     history = History.read(args.dir)
     _print(args, results(history, args.split).to_json(), lambda: text_table(history, args.split))
+    sys.stdout.flush()
+    try:
+        page = write_page(history, args.html)
+    except RunError as e:
+        raise RunError(f"{_line(e)}; choose another place for the page with --html PATH") from None
+    print(f"page: {page}", file=sys.stderr)
     return 0
 
 

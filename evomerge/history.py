@@ -38,6 +38,7 @@ class Entry:
     recipe_id: str
     genome: Any
     recipe_json: Any
+    parents: tuple[int, ...] = ()
     results: dict[str, Evaluation] = field(default_factory=dict)
 
     def scores(self, split: str) -> Scores | None:
@@ -102,6 +103,7 @@ class History:
                     _typed(e, "recipe_id", str),
                     e.get("genome"),
                     e.get("recipe"),
+                    tuple(int(p) for p in e.get("parents", ())),
                 )
             elif e["kind"] == "told":
                 result = Evaluation(str(e["status"]), scores_from_json(e["scores"]), str(e["reason"]))
@@ -124,7 +126,8 @@ class History:
     # -- candidates ---------------------------------------------------------------------------------------
 
     @cached_property
-    def _spaces(self) -> tuple[RuleSpace, ...]:
+    def spaces(self) -> tuple[RuleSpace, ...]:
+        """The search space of each stage."""
         return bind_spaces(self.experiment, self.manifest, self.dtype)
 
     def recipe(self, candidate: int) -> Recipe:
@@ -135,7 +138,7 @@ class History:
         else:
             try:
                 genome = frozen_genome(decode_array(entry.genome))
-                recipe = self._spaces[entry.stage].decode(genome, self.manifest)
+                recipe = self.spaces[entry.stage].decode(genome, self.manifest)
             except (ValueError, TypeError, IndexError) as e:
                 raise UserError(f"{self.path}: candidate {candidate} has no genome of its space ({_line(e)})") from None
         if recipe.id != entry.recipe_id:

@@ -21,11 +21,11 @@ def words(text: str) -> frozenset[str]:
 LEVELS = tuple(
     tuple(line.split())
     for line in """
-    errors canonical architectures merge.methods merge export report
-    yamlio schema library files manifest stock tasks.rows journal pareto
+    errors canonical architectures merge.methods merge export report report.figures
+    yamlio schema library files manifest stock tasks.rows journal pareto report.html
     hub
     recipe pool tasks.base
-    proposal merge.bank merge.live tasks.multiple_choice
+    proposal merge.bank merge.live tasks.multiple_choice report.coefficients
     tasks
     space score.plan workers rundir merge.pipeline
     search.base score score.model merge.builder commit workers.inline workers.fake workers.units
@@ -39,7 +39,7 @@ LEVELS = tuple(
     prepare
     progress history standalone check
     session warm export.mergekit export.record report.results report.status
-    run export.hf report.compare report.front
+    run export.hf report.compare report.front report.page
     export.verify
     cli __init__
     __main__
@@ -51,31 +51,8 @@ HEAVY = words("torch transformers safetensors cma ray optuna plotly scipy psutil
 IMPURE = words(
     """
     pool stock merge.bank merge.live merge.pipeline merge.builder score.model score.multiple_choice evaluate standalone
-    check workers.child workers.ray export.hf export.verify report.results report.compare report.front
+    check workers.child workers.ray export.hf export.verify report.results report.compare report.front report.page
     """
-)
-"""May load heavy packages when they are imported; all others must not, so that the command line starts fast."""
-PURE = frozenset(
-    [
-        "pool",
-        "stock",
-        "merge.bank",
-        "merge.live",
-        "merge.pipeline",
-        "merge.builder",
-        "score.model",
-        "score.multiple_choice",
-        "evaluate",
-        "standalone",
-        "check",
-        "workers.child",
-        "workers.ray",
-        "export.hf",
-        "export.verify",
-        "report.results",
-        "report.compare",
-        "report.front",
-    ]
 )
 """May load heavy packages when they are imported; all others must not, so that the command line starts fast."""
 PURE = tuple(name for level in LEVELS for name in level if name not in IMPURE)
