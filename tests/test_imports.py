@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "evomerge"
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("errors", "canonical", "architectures", "merge.methods", "merge", "export", "report"),
     ("yamlio", "schema", "library", "files", "manifest", "score.tasks", "journal"),
-    ("recipe", "pool"),
+    ("recipe", "pool", "licences"),
     ("proposal", "merge.bank", "merge.live"),
     ("space", "score.plan", "workers", "rundir", "merge.pipeline"),
     (
@@ -34,9 +34,10 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("config",),
     ("objective", "budget"),
     ("prepare",),
-    ("progress", "history", "standalone", "check"),
+    ("progress", "history", "standalone", "check", "inspect_pool"),
     ("session", "warm", "export.mergekit", "export.record", "report.results", "report.status"),
-    ("run", "export.hf", "report.compare"),
+    ("run", "export.card", "export.push", "report.compare", "report.pool_page"),
+    ("export.hf",),
     ("export.verify",),
     ("cli", "__init__"),
     ("__main__",),
@@ -50,6 +51,7 @@ PURE = (
     *("cli", "history", "merge.methods", "score", "score.tasks", "score.plan", "search", "search.base"),
     *("search.cmaes", "search.random_search", "workers", "workers.inline", "workers.local", "workers.fake"),
     *("__init__", "__main__", "merge", "export", "report", "report.status", "export.mergekit", "export.record"),
+    *("licences",),
 )
 
 
