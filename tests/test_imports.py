@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "evomerge"
 
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("errors", "canonical", "architectures", "merge.methods", "merge", "export", "report"),
-    ("yamlio", "schema", "library", "files", "manifest", "score.tasks", "journal"),
+    ("yamlio", "schema", "library", "files", "manifest", "score.tasks", "journal", "report.html"),
     ("recipe", "pool", "licences"),
     ("proposal", "merge.bank", "merge.live"),
     ("space", "score.plan", "workers", "rundir", "merge.pipeline"),
@@ -51,7 +51,7 @@ PURE = (
     *("cli", "history", "merge.methods", "score", "score.tasks", "score.plan", "search", "search.base"),
     *("search.cmaes", "search.random_search", "workers", "workers.inline", "workers.local", "workers.fake"),
     *("__init__", "__main__", "merge", "export", "report", "report.status", "export.mergekit", "export.record"),
-    *("licences",),
+    *("licences", "report.html"),
 )
 
 
