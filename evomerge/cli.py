@@ -99,6 +99,11 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("experiment")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
 
+    p = with_json(command("inspect", _inspect, "compare a pool: delta norms, cosines, sign conflicts, differences"))
+    p.add_argument("pool", help="an experiment (file or library name), a recipe.yaml, or the base's folder")
+    p.add_argument("experts", nargs="*", type=Path, help="folders of experts, behind the base's folder")
+    p.add_argument("--html", type=Path, metavar="PATH", help="write a page with pictures too")
+
     p = with_json(command("status", _status, "how far a run is"))
     p.add_argument("dir", type=Path)
     p.add_argument("--follow", action="store_true", help="print again every few seconds until the run is finished")
@@ -215,6 +220,42 @@ def _check(args: argparse.Namespace) -> int:
     c = check(load(args.experiment, parse_overrides(args.set)))
     _print(args, c.to_json(), lambda: text(c))
     return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from evomerge.files import new_file
+    from evomerge.inspect_pool import inspect_pool
+    from evomerge.report.pool_page import pool_page, pool_text
+
+    if args.html is not None and args.html.exists():
+        raise UserError(f"{args.html}: exists; choose another --html")
+    inspection = inspect_pool(*_pool(args.pool, args.experts))
+    if args.html is not None:
+        new_file(args.html, pool_page(inspection))
+    _print(args, inspection.to_json(), lambda: pool_text(inspection))
+    return 0
+
+
+def _pool(pool: str, experts: Sequence[Path]) -> tuple[tuple[str, Path], dict[str, Path]]:
+    """((name of the base, its folder), experts) of an experiment, a recipe or of folders on the command line."""
+    from evomerge.config import is_experiment, load
+    from evomerge.export.verify import is_recipe, recipe_paths
+    from evomerge.recipe import Recipe
+
+    if experts:
+        names: list[str] = []
+        for path in (Path(pool), *experts):
+            name = path.resolve().name
+            names.append(name if name not in names else f"{name}-{len(names)}")
+        return (names[0], Path(pool)), dict(zip(names[1:], experts, strict=True))
+    if Path(pool).is_dir():
+        raise UserError(f"{pool}: is the base; name the experts' folders behind it")
+    if is_recipe(Path(pool)) and not is_experiment(Path(pool)):
+        recipe = Recipe.load(Path(pool))
+        paths = recipe_paths(recipe)
+        return (recipe.base, paths.pop(recipe.base)), paths
+    models = load(pool).models
+    return ("base", Path(models.base)), {n: Path(p) for n, p in models.experts.items()}
 
 
 def _status(args: argparse.Namespace) -> int:

@@ -48,7 +48,7 @@ class Checkpoint:
             raise UserError(f"{path}: no such model folder; expected one with config.json and *.safetensors")
         if not (path / "config.json").is_file():
             raise UserError(f"{path}: has no config.json; expected a model folder with config.json and *.safetensors")
-        self.config: dict[str, Any] = _read_json(path / "config.json")
+        self.config: dict[str, Any] = read_json(path / "config.json")
         self.model_type = str(self.config.get("model_type"))
         if self.model_type not in ARCHITECTURES:
             raise UserError(
@@ -113,7 +113,8 @@ def raw_bytes(tensor: torch.Tensor) -> memoryview:
     return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """One bounded JSON file that holds an object. Raises UserError."""
     try:
         if path.stat().st_size > MAX_JSON:
             raise UserError(f"{path}: larger than {MAX_JSON} bytes")
@@ -130,7 +131,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _weight_files(path: Path) -> list[Path]:
     index = path / "model.safetensors.index.json"
     if index.exists():
-        names = _read_json(index).get("weight_map")
+        names = read_json(index).get("weight_map")
         if not isinstance(names, dict) or not names:
             raise UserError(f"{index}: has no weight_map")
         files = sorted({str(f) for f in names.values()})
@@ -211,7 +212,7 @@ def _check_tokenizers(base: Checkpoint, expert: Checkpoint, who: str) -> None:
     """Compare vocabularies; an expert without tokenizer files is taken to use the base's."""
     a, b = base.path / "tokenizer.json", expert.path / "tokenizer.json"
     if a.exists() and b.exists():
-        ta, tb = _vocabulary(a), _vocabulary(b)
+        ta, tb = vocabulary(a), vocabulary(b)
         for token in sorted(set(ta) | set(tb)):
             if ta.get(token) != tb.get(token):
                 raise UserError(
@@ -223,8 +224,9 @@ def _check_tokenizers(base: Checkpoint, expert: Checkpoint, who: str) -> None:
         raise UserError(f"{who}: another tokenizer: tokenizer.model differs from the base's")
 
 
-def _vocabulary(path: Path) -> dict[str, int]:
-    tokenizer = _read_json(path)
+def vocabulary(path: Path) -> dict[str, int]:
+    """Token -> id of a tokenizer.json, added tokens included. Raises UserError."""
+    tokenizer = read_json(path)
     try:
         vocab = (tokenizer.get("model") or {}).get("vocab") or {}
         if isinstance(vocab, list):  # Unigram: [token, log probability] in id order
