@@ -126,6 +126,8 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("id", nargs="?", help="number of the candidate, or winner (default)")
     p.add_argument("--format", choices=("hf", "mergekit"), default="hf")
     p.add_argument("--to", type=Path, required=True, metavar="PATH")
+    p.add_argument("--push", metavar="ORG/NAME", help="upload the checkpoint to the hub, too; needs `hf auth login`")
+    p.add_argument("--private", action="store_true", help="with --push: a repository that is created is private")
 
     p = with_json(command("merge", _merge, "build one recipe into a checkpoint, without a search"))
     p.add_argument("recipe", type=Path)
@@ -314,15 +316,41 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
+    from evomerge.export.push import check_push, push
     from evomerge.history import History
 
     history = History.read(args.dir)
     number = _candidate(history, args.id)
+    if args.push is None and args.private:
+        raise UserError("--private goes with --push ORG/NAME")
+    if args.push is not None:
+        if args.format != "hf":
+            raise UserError("--push uploads a checkpoint; leave out --format, or take hf")
+        check_push(args.push)
     _write_export(history, number, args.format, args.to)
     data = {"candidate": number, "format": args.format, "path": str(args.to)}
-    check = f"\ncheck it with: evomerge verify {args.to}" if args.format == "hf" else ""
-    _print(args, data, lambda: f"wrote candidate {number} to {args.to}{check}")
+    lines = [f"wrote candidate {number} to {args.to}"]
+    if args.format == "hf":
+        lines.append(f"check it with: evomerge verify {args.to}")
+    if args.push is not None:
+        _warn_before_push(args.to)
+        data["pushed"] = push(args.to, args.push, args.private)
+        lines.append(f"pushed to {data['pushed']}")
+    _print(args, data, lambda: "\n".join(lines))
     return 0
+
+
+def _warn_before_push(folder: Path) -> None:
+    """What others will see, or may not be allowed to have; said, not refused."""
+    from evomerge.export.hf import RECIPE, RECORD
+    from evomerge.export.verify import recipe_paths
+    from evomerge.licences import licence_of, remarks
+    from evomerge.recipe import Recipe
+
+    paths = recipe_paths(Recipe.load(folder / RECIPE))
+    notes = remarks({n: licence_of(p) for n, p in paths.items()})
+    for note in [*notes, f"{RECIPE} and {RECORD} name the parents' folders on this machine"]:
+        print(f"evomerge: note: {note}", file=sys.stderr)
 
 
 def _write_export(history: History, number: int | None, form: str, target: Path) -> None:
@@ -346,7 +374,17 @@ def _write_export(history: History, number: int | None, form: str, target: Path)
         "experiment_id": history.facts["experiment_id"],
         "candidate": number,
     }
-    write_hf(target, recipe, pool, manifest, scores=scores, fitness=fitness, notes=notes)
+    write_hf(
+        target,
+        recipe,
+        pool,
+        manifest,
+        scores=scores,
+        fitness=fitness,
+        notes=notes,
+        history=history,
+        candidate=number,
+    )
 
 
 def _merge(args: argparse.Namespace) -> int:

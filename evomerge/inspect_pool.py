@@ -293,17 +293,21 @@ def _same(base: Checkpoint, expert: Checkpoint, tensor: str) -> bool:
 
 def _comparable(base: Checkpoint, expert: Checkpoint) -> bool:
     """True where all tensors within layers agree in shape; vocabularies may differ."""
-    layers = [n for n in base.tensors if (base.architecture.block_of(n) or "").startswith("layers.")]
+    layers = [n for n in base.tensors if (_block(base, n) or "").startswith("layers.")]
     return expert.model_type == base.model_type and all(_same(base, expert, n) for n in layers)
 
 
 def _by_block(base: Checkpoint, tensors: Sequence[str]) -> dict[str, list[str]]:
     """block -> tensors, in layout order; names that the architecture does not have are left out."""
-    found = [(b, n) for n in tensors if (b := base.architecture.block_of(n)) is not None]
+    found = [(b, n) for n in tensors if (b := _block(base, n)) is not None]
     out: dict[str, list[str]] = {}
     for block, name in sorted(found, key=lambda x: (block_order(x[0]), x[1])):
         out.setdefault(block, []).append(name)
     return out
+
+
+def _block(c: Checkpoint, tensor: str) -> str | None:
+    return c.architecture.block_of(tensor)
 
 
 def _dtype(c: Checkpoint) -> str:
@@ -438,7 +442,9 @@ def _tokenizer_differences(base: Path, expert: Path) -> Differences:
 
 def _merges(tokenizer: Mapping[str, Any]) -> Any:
     """Merges of a BPE, pairs as lists whichever way they are written."""
-    merges = (tokenizer.get("model") or {}).get("merges") or []
+    merges = (tokenizer.get("model") or {}).get("merges")
+    if not isinstance(merges, list):
+        return merges
     return [m.split(" ", 1) if isinstance(m, str) else m for m in merges]
 
 

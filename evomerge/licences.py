@@ -51,6 +51,9 @@ HEADINGS: tuple[tuple[str, str], ...] = (
 )
 """Heading in lower case, blanks collapsed -> the hub's identifier; the first that stands in the text counts."""
 
+CUSTOM = frozenset({"qwen", "qwen-research", "mrl"})
+"""Those of `HEADINGS` that are "other" to the hub, by name."""
+
 COMMUNITY: Mapping[str, str] = {
     "llama2": "pass on the agreement and its notice, and keep to its use policy",
     "llama3": "the name of the merge must begin with 'Llama 3', its page say 'Built with Meta Llama 3', "
@@ -77,13 +80,15 @@ SHARE_ALIKE = re.compile(r"cc-by(-nc)?-sa(-.*)?|a?gpl(-.*)?|lgpl(-.*)?|cdla-shar
 
 @dataclass(frozen=True)
 class Licence:
-    """A parent's licence: the hub's identifier (`license_name` where that is "other"), where it was read, a link.
+    """A parent's licence: the hub's identifier, where it was read, a link.
 
-    `problem` says what was odd about the files, in a few words.
+    A `custom` one is "other" to the hub, and `id` the name beside it (`license_name`). `problem` says what was odd
+    about the files, in a few words.
     """
 
     id: str = UNKNOWN
     source: str = ""
+    custom: bool = False
     link: str = ""
     problem: str = ""
 
@@ -102,12 +107,13 @@ def licence_of(folder: Path) -> Licence:
     stated = _stated(front)
     text = _recognised(folder)
     if stated is None:
-        return Licence(text[0], text[1], "", problem) if text else Licence(problem=problem)
+        return Licence(*text, custom=text[0] in CUSTOM, problem=problem) if text else Licence(problem=problem)
     if text and stated != text[0]:
         problem = f"README.md says {stated}, but {text[1]} reads as {text[0]}"
     link = front.get("license_link")
     web = isinstance(link, str) and re.fullmatch(r"https?://[!-~]{1,500}", link)
-    return Licence(stated, "README.md", str(link) if web else "", problem)
+    custom = not isinstance(front["license"], str) or front["license"] == "other"
+    return Licence(stated, "README.md", custom, str(link) if web else "", problem)
 
 
 def front_matter(folder: Path) -> dict[str, Any]:
