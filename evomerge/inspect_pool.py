@@ -37,8 +37,8 @@ NEARER = 0.9
 """An expert that lies nearer to another than this share of its distance to the base has likely another base. Task
 vectors of independent fine-tunes are near orthogonal, which puts experts farther from each other than from the base;
 0.9 needs a cosine of 0.44 at least, whatever their lengths."""
-CHUNK = 1 << 20
-"""Elements at a time."""
+CHUNK = 1 << 16
+"""Elements at a time; those of several experts in fp64 stay in a CPU core's cache."""
 SAME_ANYWAY = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "_from_model_config")
 """Keys of config.json and generation_config.json that say nothing about the model."""
 SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token", "additional_special_tokens", "extra_special_tokens")
@@ -69,7 +69,7 @@ class Sums:
     gram: NDArray[np.float64]
     """Inner products of the task vectors, shape (K, K)."""
     unlike: NDArray[np.float64]
-    """Entries in which two task vectors differ, shape (K, K)."""
+    """Above 0 where two task vectors differ anywhere, shape (K, K)."""
     changed: NDArray[np.float64]
     """Entries in which an expert differs from the base, shape (K,)."""
     both: NDArray[np.float64]
@@ -264,26 +264,26 @@ def sums_of(base: Tensor, experts: Sequence[Tensor]) -> Sums:
         b = flat[at : at + CHUNK].float()
         deltas = torch.stack([e[at : at + CHUNK].float() - b for e in others])
         wide = deltas.double()
-        signs = torch.where(deltas.abs() >= cuts, deltas.sign(), 0.0).double()
-        both = signs.abs() @ signs.abs().T
+        up, down = (deltas >= cuts).float(), (deltas <= -cuts).float()  # counts of a chunk are exact in fp32
+        both, against = (up + down) @ (up + down).T, up @ down.T
         total += Sums(
             size=np.float64(b.numel()),  # type: ignore[arg-type]
             base=b.double().square().sum().numpy(),
             gram=(wide @ wide.T).numpy(),
-            unlike=torch.stack([(deltas != d).sum(1) for d in deltas]).double().numpy(),
-            changed=(deltas != 0).sum(1).double().numpy(),
-            both=both.numpy(),
-            opposed=((both - signs @ signs.T) / 2).numpy(),
+            unlike=np.array([[not torch.equal(a, b) for a in deltas] for b in deltas], dtype=np.float64),
+            changed=torch.count_nonzero(deltas, 1).double().numpy(),
+            both=both.double().numpy(),
+            opposed=(against + against.T).double().numpy(),
         )
     return total
 
 
 def _cut(base: Tensor, expert: Tensor) -> float:
-    """|delta| of the ceil(TOP * n)-th largest entry."""
+    """|delta| of the ceil(TOP * n)-th largest entry, where that is 0 the least number above 0."""
     magnitudes = (expert.float() - base.float()).abs_().numpy()
     k = len(magnitudes) - math.ceil(TOP * len(magnitudes))
     magnitudes.partition(k)
-    return float(magnitudes[k])
+    return float(max(magnitudes[k], np.finfo(np.float32).smallest_subnormal))
 
 
 def _same(base: Checkpoint, expert: Checkpoint, tensor: str) -> bool:

@@ -169,9 +169,9 @@ def _heat_map(
             }
         ],
         "layout": {
-            "height": 150 + 34 * len(rows),
+            "height": 170 + 34 * len(rows),
             "xaxis": {"type": "category", "showgrid": False, "title": {"text": axis}},
             "yaxis": {"type": "category", "showgrid": False, "autorange": "reversed"},
-            "margin": {"t": 10},
+            "margin": {"t": 34},
         },
     }
