@@ -19,7 +19,7 @@ UNKNOWN = "unknown"
 NO_ADVICE = "what these licences mean for you is for you, or a lawyer, to judge: this is no legal advice"
 MAX_README = 1_000_000
 """Bytes of a README.md in which its front matter must end; model cards with long result lists stay below."""
-MAX_LICENCE = 4_000
+MAX_LICENCE = 1_000
 """Bytes of a LICENSE file in which its heading must stand."""
 FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "LICENCE.txt", "LICENCE.md", "COPYING")
 

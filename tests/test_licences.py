@@ -62,7 +62,7 @@ def test_other_without_a_name_is_not_known(tmp_path: Path) -> None:
         ("Creative Commons Attribution-NonCommercial-ShareAlike 4.0 International", "cc-by-nc-sa-4.0"),
         ("GNU GENERAL PUBLIC LICENSE\n   Version 3, 29 June 2007", "gpl-3.0"),
         ("All rights reserved.", "unknown"),
-        ("x" * 5000 + MIT, "unknown"),
+        ("Ours. " + "x" * 1000 + " Parts of it are under the " + MIT, "unknown"),
     ],
 )
 def test_licence_files_are_known_by_their_headings(text: str, expected: str, tmp_path: Path) -> None:

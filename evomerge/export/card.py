@@ -71,7 +71,7 @@ def model_card(
     parts = ["---", _front_matter(parents, history, candidate), "---", "", f"# {_title(parents, history)}", ""]
     experts = ", ".join(md(p.name) for p in parents[1:]) or "nothing else"
     parts += [
-        f"{md(parents[0].name)} merged with {experts} by evomerge: weights combined by a recipe, no training.",
+        f"The base {md(parents[0].name)} merged with {experts} by evomerge: a recipe over weights, no training.",
         "",
     ]
     parts += ["## Parents", "", *_parents(parents), ""]

@@ -23,7 +23,9 @@ def pool_text(i: Inspection) -> str:
     for heading, header, rows in _tables(i):
         lines += ["", heading, *_grid(header, rows)]
     found = [f"{f.severity:<8} {f.model + ': ' if f.model else ''}{_described(f)}" for f in i.findings]
-    return "\n".join([*lines, "", *(found or ["nothing stands in the way of a merge"])])
+    lines += ["", *(found or ["nothing stands in the way of a merge"])]
+    # Names may be a stranger's; nothing of them steers the terminal.
+    return "\n".join("".join(c if c.isprintable() else "?" for c in line) for line in lines)
 
 
 def pool_page(i: Inspection) -> str:

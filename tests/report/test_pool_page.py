@@ -73,6 +73,7 @@ def test_one_expert_and_none(models: Path, tiny_model: Any) -> None:
     assert "pairs of task vectors" not in pool_text(one)
     assert len(figures(pool_page(one))) == 1
     assert pool_text(none).splitlines()[-1].startswith(("error", "note"))
+    assert "\x1b" not in pool_text(inspect_pool(base, {"\x1b[31mred": models / "skills-add"}))
     page = pool_page(none)
     assert figures(page) == []
     assert "<b>x</b>" not in page
