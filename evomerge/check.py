@@ -8,6 +8,7 @@ from typing import Any
 
 from evomerge.budget import Allowance
 from evomerge.config import Experiment
+from evomerge.licences import licence_of, remarks
 from evomerge.merge.methods import METHODS
 from evomerge.pool import TORCH_DTYPES
 from evomerge.prepare import Prepared, prepare
@@ -79,7 +80,7 @@ def check(experiment: Experiment, allow: Allowed = NOTHING) -> Check:
         candidates=total,
         memory_bytes=_memory(prepared),
         seconds_at_least=seconds,
-        notes=prepared.notes,
+        notes=(*prepared.notes, *remarks({n: licence_of(p) for n, p in prepared.folders.items()})),
     )
 
 

@@ -105,6 +105,11 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("experiment")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
 
+    p = with_json(command("inspect", _inspect, "compare a pool: delta norms, cosines, sign conflicts, differences"))
+    p.add_argument("pool", help="an experiment (file or library name), a recipe.yaml, or the base's folder")
+    p.add_argument("experts", nargs="*", type=Path, help="folders of experts, behind the base's folder")
+    p.add_argument("--html", type=Path, metavar="PATH", help="write a page with pictures too")
+
     p = with_json(command("status", _status, "how far a run is"))
     p.add_argument("dir", type=Path)
     p.add_argument("--follow", action="store_true", help="print again every few seconds until the run is finished")
@@ -136,6 +141,8 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("id", nargs="?", help="number of the candidate, or winner (default)")
     p.add_argument("--format", choices=("hf", "mergekit"), default="hf")
     p.add_argument("--to", type=Path, required=True, metavar="PATH")
+    p.add_argument("--push", metavar="ORG/NAME", help="upload the checkpoint to the hub, too; needs `hf auth login`")
+    p.add_argument("--private", action="store_true", help="with --push: a repository that is created is private")
 
     p = with_json(command("merge", _merge, "build one recipe into a checkpoint, without a search"))
     p.add_argument("recipe", type=Path)
@@ -253,6 +260,44 @@ def _check(args: argparse.Namespace) -> int:
     return 0
 
 
+def _inspect(args: argparse.Namespace) -> int:
+    from evomerge.files import new_file
+    from evomerge.inspect_pool import inspect_pool
+    from evomerge.report.pool_page import pool_page, pool_text
+
+    if args.html is not None and args.html.exists():
+        raise UserError(f"{args.html}: exists; choose another --html")
+    inspection = inspect_pool(*_pool(args.pool, args.experts))
+    if args.html is not None:
+        new_file(args.html, pool_page(inspection))
+    _print(args, inspection.to_json(), lambda: pool_text(inspection))
+    return 0
+
+
+def _pool(pool: str, experts: Sequence[Path]) -> tuple[tuple[str, Path], dict[str, Path]]:
+    """((name of the base, its folder), experts) of an experiment, a recipe or of folders on the command line."""
+    from evomerge.config import is_experiment, load
+    from evomerge.export.verify import is_recipe, recipe_paths
+    from evomerge.hub import folder_of, named
+    from evomerge.recipe import Recipe
+
+    if experts:
+        names: list[str] = []
+        folders = [folder_of(named(Path.cwd(), str(p))) for p in (pool, *experts)]
+        for given in (pool, *map(str, experts)):
+            name = Path(given).resolve().name.partition("@")[0]
+            names.append(name if name not in names else f"{name}-{len(names)}")
+        return (names[0], folders[0]), dict(zip(names[1:], folders[1:], strict=True))
+    if Path(pool).is_dir():
+        raise UserError(f"{pool}: is the base; name the experts' folders behind it")
+    if is_recipe(Path(pool)) and not is_experiment(Path(pool)):
+        recipe = Recipe.load(Path(pool))
+        paths = {n: folder_of(p) for n, p in recipe_paths(recipe).items()}
+        return (recipe.base, paths.pop(recipe.base)), paths
+    models = load(pool).models
+    return ("base", folder_of(models.base)), {n: folder_of(p) for n, p in models.experts.items()}
+
+
 def _status(args: argparse.Namespace) -> int:
     from evomerge.report.status import status, status_text
 
@@ -346,15 +391,42 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
+    from evomerge.export.push import check_push, push
     from evomerge.history import History
 
     history = History.read(args.dir)
     number = _candidate(history, args.id)
+    if args.push is None and args.private:
+        raise UserError("--private goes with --push ORG/NAME")
+    if args.push is not None:
+        if args.format != "hf":
+            raise UserError("--push uploads a checkpoint; leave out --format, or take hf")
+        check_push(args.push)
     _write_export(history, number, args.format, args.to)
     data = {"candidate": number, "format": args.format, "path": str(args.to)}
-    check = f"\ncheck it with: evomerge verify {args.to}" if args.format == "hf" else ""
-    _print(args, data, lambda: f"wrote candidate {number} to {args.to}{check}")
+    lines = [f"wrote candidate {number} to {args.to}"]
+    if args.format == "hf":
+        lines.append(f"check it with: evomerge verify {args.to}")
+    if args.push is not None:
+        _warn_before_push(args.to)
+        data["pushed"] = push(args.to, args.push, args.private)
+        lines.append(f"pushed to {data['pushed']}")
+    _print(args, data, lambda: "\n".join(lines))
     return 0
+
+
+def _warn_before_push(folder: Path) -> None:
+    """What others will see, or may not be allowed to have; said, not refused."""
+    from evomerge.export.hf import RECIPE, RECORD
+    from evomerge.export.verify import recipe_paths
+    from evomerge.hub import folder_of
+    from evomerge.licences import licence_of, remarks
+    from evomerge.recipe import Recipe
+
+    paths = recipe_paths(Recipe.load(folder / RECIPE))
+    notes = remarks({n: licence_of(folder_of(p)) for n, p in paths.items()})
+    for note in [*notes, f"{RECIPE} and {RECORD} name the parents' folders on this machine"]:
+        print(f"evomerge: note: {note}", file=sys.stderr)
 
 
 def _write_export(history: History, number: int | None, form: str, target: Path) -> None:
@@ -378,7 +450,17 @@ def _write_export(history: History, number: int | None, form: str, target: Path)
         "experiment_id": history.facts["experiment_id"],
         "candidate": number,
     }
-    write_hf(target, recipe, pool, manifest, scores=scores, fitness=fitness, notes=notes)
+    write_hf(
+        target,
+        recipe,
+        pool,
+        manifest,
+        scores=scores,
+        fitness=fitness,
+        notes=notes,
+        history=history,
+        candidate=number,
+    )
 
 
 def _merge(args: argparse.Namespace) -> int:

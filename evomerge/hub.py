@@ -24,6 +24,7 @@ WANTED = (
     *("config.json", "generation_config.json", "model.safetensors", "model-*.safetensors"),
     *("model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model"),
     *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja"),
+    *("README.md", "LICENSE", "LICENSE.txt", "LICENSE.md"),
 )
 """Files of a model that are read here. Pickles, code and further formats of the same weights stay where they are."""
 MAX_FILES = 1000

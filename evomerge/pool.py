@@ -153,7 +153,7 @@ class Checkpoint:
     @cached_property
     def vocabulary(self) -> dict[str, int] | None:
         """Token -> id, None without tokenizer files that tell. Raises UserError where they cannot be read."""
-        return _vocabulary(self.path)
+        return vocabulary(self.path)
 
     def _handle(self, file: Path) -> Any:
         if file not in self._open:
@@ -307,7 +307,7 @@ def _check_tokenizers(base: Checkpoint, expert: Checkpoint, who: str) -> None:
         raise UserError(f"{who}: another tokenizer: tokenizer.model differs from the base's")
 
 
-def _vocabulary(folder: Path) -> dict[str, int] | None:
+def vocabulary(folder: Path) -> dict[str, int] | None:
     """token -> id of a folder's tokenizer.json, else of its vocab.json and added_tokens.json, else None."""
     path = folder / "tokenizer.json"
     try:

@@ -40,6 +40,8 @@ class Prepared:
     spaces: tuple[RuleSpace, ...]
     device: str
     notes: tuple[str, ...]
+    folders: Mapping[str, Path]
+    """Where the base and the experts lie, by name."""
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -162,7 +164,8 @@ def prepare(experiment: Experiment, shape: PlanShape | None = None, allow: Allow
     manifest = pool.manifest()
     dtype = pool.stored_dtype if experiment.models.dtype == "auto" else experiment.models.dtype
     spaces = bind_spaces(experiment, manifest, dtype)
-    prepared = Prepared(experiment, manifest, dtype, plans, spaces, device, tuple(pool.notes()))
+    folders = {n: c.path for n, c in pool.checkpoints.items()}
+    prepared = Prepared(experiment, manifest, dtype, plans, spaces, device, tuple(pool.notes()), folders)
     prepared.given_recipes()
     return prepared
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from evomerge.check import check, text
+from evomerge.config import load
 from evomerge.errors import UserError
+from evomerge.licences import NO_ADVICE
 from evomerge.prepare import prepare
 
 
@@ -65,6 +68,21 @@ def test_text_names_what_people_look_for(experiment_with: Callable[..., Any], ti
     assert "one.all.weight, two.all.weight" in lines[4]
     assert "24 items: sums 12, words 12" in lines[5]
     assert any(line.startswith("note     expert 'one': no tokenizer files") for line in lines)
+
+
+def test_licences_are_noted(
+    experiment_with: Callable[..., Any], tiny_model: Any, quickstart: Path, tmp_path: Path
+) -> None:
+    """Unknown and conflicting licences of parents are notes; a pool that agrees has none."""
+    base, expert = tiny_model("llama", name="free"), tiny_model("llama", 1, name="bound")
+    (base / "README.md").write_text("---\nlicense: mit\n---\n")
+    (expert / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
+    notes = check(experiment_with(**{"models.base": str(base), "models.experts": {"x": str(expert)}})).notes
+    unknown = check(experiment_with(**{"models.experts": {"x": str(expert)}})).notes
+
+    assert notes == ("'x': cc-by-nc-4.0, so the whole merge is non-commercial", NO_ADVICE)
+    assert unknown[0].startswith("licence of 'base' unknown")
+    assert check(load(quickstart.parent / "quickstart.yaml")).notes == ()
 
 
 def test_a_budget_too_small_for_its_stages(experiment_with: Callable[..., Any]) -> None:

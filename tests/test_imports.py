@@ -24,7 +24,7 @@ LEVELS = tuple(
     errors canonical architectures merge.methods merge export report report.figures
     yamlio schema library files manifest stock tasks.rows journal pareto report.html
     hub
-    recipe pool tasks.base
+    recipe pool licences tasks.base
     proposal merge.bank merge.live tasks.multiple_choice report.coefficients
     tasks
     space score.plan workers rundir merge.pipeline
@@ -37,9 +37,10 @@ LEVELS = tuple(
     config
     objective budget
     prepare
-    progress history standalone check
+    progress history standalone check inspect_pool
     session warm export.mergekit export.record report.results report.status
-    run export.hf report.compare report.front report.page
+    run export.card export.push report.compare report.front report.page report.pool_page
+    export.hf
     export.verify
     cli __init__
     __main__
@@ -52,6 +53,7 @@ IMPURE = words(
     """
     pool stock merge.bank merge.live merge.pipeline merge.builder score.model score.multiple_choice evaluate standalone
     check workers.child workers.ray export.hf export.verify report.results report.compare report.front report.page
+    inspect_pool licences export.card export.push report.pool_page
     """
 )
 """May load heavy packages when they are imported; all others must not, so that the command line starts fast."""

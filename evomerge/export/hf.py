@@ -14,8 +14,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from evomerge.export.card import CARD, Parent, model_card, parent_of
 from evomerge.export.mergekit import MergekitError, to_mergekit
 from evomerge.files import new_folder
+from evomerge.history import History
 from evomerge.hub import name_of
 from evomerge.manifest import Manifest
 from evomerge.merge.bank import Bank
@@ -64,11 +66,14 @@ def write_hf(
     scores: Any = None,
     fitness: Any = None,
     notes: Mapping[str, Any] | None = None,
+    history: History | None = None,
+    candidate: int | None = None,
 ) -> Path:
     """Write the folder `target`, whole or not at all; returns it.
 
-    `scores` and `fitness` go into the record, where `evomerge verify` finds them. Raises UserError where the
-    target is in the way, BuildError where the weights are not finite.
+    `scores` and `fitness` go into the record, where `evomerge verify` finds them; the card tells of the run
+    (`history`) and of the `candidate` in it. Raises UserError where the target is in the way, BuildError where the
+    weights are not finite.
     """
     with new_folder(target) as folder:
         weights = build_weights(recipe, pool, manifest)
@@ -96,7 +101,17 @@ def write_hf(
             **(notes or {}),
         }
         _write(folder / RECORD, json.dumps(record, indent=1, sort_keys=True) + "\n")
+        _write(folder / CARD, model_card(recipe, _parents(recipe, pool, manifest, history), history, candidate))
     return target
+
+
+def _parents(recipe: Recipe, pool: ModelPool, manifest: Manifest, history: History | None) -> list[Parent]:
+    """The sources that the canonical recipe uses, base first."""
+    given = {} if history is None else {manifest.base: history.experiment.models.base}
+    given |= {} if history is None else dict(history.experiment.models.experts)
+    names = [recipe.base, *(n for n in recipe.sources if n != recipe.base)]
+    opened = {n: pool.checkpoints[n] for n in names}
+    return [parent_of(n, c.path, manifest.hashes[n], c.config, given.get(n, "")) for n, c in opened.items()]
 
 
 def recipe_with_paths(recipe: Recipe, pool: ModelPool) -> Recipe:

@@ -209,7 +209,7 @@ def text_table(history: History, split: str = "report") -> str:
             f"winner is candidate {r.winner}: mean {o['search']:.3f} on search, {o['select']:.3f} on select, "
             f"{o['report']:.3f} on report (optimism {o['search'] - o['report']:+.3f})",
         ]
-    lines += _warnings(history, r)
+    lines += warnings_on(history, r)
     if r.looks > 1:
         lines.append(f"the report split was looked at {r.looks} times, once for each budget")
     if r.cached:
@@ -217,7 +217,7 @@ def text_table(history: History, split: str = "report") -> str:
     return "\n".join(lines)
 
 
-def _warnings(history: History, r: Results) -> list[str]:
+def warnings_on(history: History, r: Results) -> list[str]:
     """What a reader should not overlook: a winner that was there before, or that another model beats here."""
     if r.winner is None:
         return []
