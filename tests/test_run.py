@@ -330,7 +330,7 @@ def test_the_second_stage_starts_at_the_best_of_the_first(experiment_with: With,
     start = decode_array(stages[1]["inputs"]["start"])
     first = [e for e in history.entries.values() if e.stage == 0]
     best = min(first, key=lambda e: (history.loss(e, "search"), e.id))
-    begun = history._spaces[1].decode(start, history.manifest)
+    begun = history.spaces[1].decode(start, history.manifest)
     assert begun.id == best.recipe_id
     assert {e.role for e in first} == {"search", "mean"}
 
@@ -345,10 +345,10 @@ def test_probes_come_first_and_count(experiment_with: With, tmp_path: Path) -> N
     [stage] = events(out, "stage")
     last = [i for i, e in enumerate(read(out / "journal.jsonl")[0]) if e.get("name") == "probe"][-1]
 
-    assert len(probes) == len(history._spaces[0].probes()) > 0
+    assert len(probes) == len(history.spaces[0].probes()) > 0
     assert sum(e.role == "search" for e in history.entries.values()) == 24
     best = min(probes, key=lambda e: (history.loss(e, "search"), e.id))
-    start = history._spaces[0].decode(decode_array(stage["inputs"]["start"]), history.manifest)
+    start = history.spaces[0].decode(decode_array(stage["inputs"]["start"]), history.manifest)
     assert start.id == best.recipe_id
     for keep in (last, last + 3):
         (out / "journal.jsonl").write_bytes(b"".join(whole.splitlines(keepends=True)[:keep]))
@@ -362,7 +362,7 @@ def test_a_space_that_can_express_a_baseline_starts_there(experiment_with: With,
     history = run(experiment_with(search_space=space), tmp_path / "out")
     [stage] = events(tmp_path / "out", "stage")
 
-    start = history._spaces[0].decode(decode_array(stage["inputs"]["start"]), history.manifest)
+    start = history.spaces[0].decode(decode_array(stage["inputs"]["start"]), history.manifest)
     ranked = sorted((history.loss(e, "search"), e.id) for e in history.baselines.values() if e.name != "base")
     assert start.id == history.entry(ranked[0][1]).recipe_id
 

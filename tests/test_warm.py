@@ -60,7 +60,7 @@ def test_a_grown_pool_begins_at_the_old_winners(
             {t: [float(x) for x in m["cross_entropy"]] for t, m in (b.scores("search") or {}).items()}
         )
     [stage] = [e for e in read(out / "journal.jsonl")[0] if e["kind"] == "stage"]
-    begun = history._spaces[0].decode(decode_array(stage["inputs"]["start"]), history.manifest)
+    begun = history.spaces[0].decode(decode_array(stage["inputs"]["start"]), history.manifest)
     before = [e for e in history.entries.values() if e.role in ("baseline", "given")]
     expressible = [e for e in before if e.role == "given"]
     best = min(expressible, key=lambda e: (history.loss(e, "search"), e.id))

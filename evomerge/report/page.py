@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from evomerge.errors import UserError
 from evomerge.files import replace_file
 from evomerge.history import Entry, History
 from evomerge.proposal import Scores
@@ -376,7 +377,10 @@ def _recipes(history: History, wanted: Sequence[Entry]) -> dict[int, Recipe]:
     out: dict[int, Recipe] = {}
     room = MAX_COEFFICIENTS
     for e in wanted[:MAX_RECIPES]:
-        recipe = history.recipe(e.id)
+        try:
+            recipe = history.recipe(e.id)
+        except UserError:  # a run that accepted drift; the chosen one's section says why
+            continue
         room -= sum(len(c) for r in recipe.blocks.values() for c in (r.params, *r.sources.values()))
         if room < 0:
             break
@@ -403,7 +407,10 @@ def _short(x: float | None) -> float | None:
 def _coefficients(history: History, chosen: int | None) -> list[str]:
     if chosen is None:
         return [html.text("No candidate is scored yet.")]
-    recipe = history.recipe(chosen)
+    try:
+        recipe = history.recipe(chosen)
+    except UserError as e:
+        return [html.warning(str(e))]
     if not recipe.blocks:
         return [html.text(f"Candidate {chosen} is the base: it has no coefficients.")]
     method = ", ".join(sorted({r.method for r in recipe.blocks.values()}))
@@ -554,7 +561,10 @@ def _lineage(history: History, losses: Mapping[int, float], chosen: int | None) 
 def _recipe(history: History, chosen: int | None) -> list[str]:
     if chosen is None:
         return [html.text("No candidate is scored yet.")]
-    text = candidate_text(history, candidate(history, chosen))
+    try:
+        text = candidate_text(history, candidate(history, chosen))
+    except UserError as e:
+        return [html.warning(str(e))]
     return [html.note(f"{_who(history, chosen)}. `evomerge merge` builds this file."), *_bounded(text)]
 
 

@@ -263,6 +263,20 @@ def test_lineage_where_there_are_parents(made_history: Any) -> None:
     assert "Lineage" not in Page(run_page(made_history())).text
 
 
+def test_recipes_that_cannot_be_told(finished: History) -> None:
+    """A genome that does not decode to its recipe, as after accepted drift, costs its coefficients only."""
+    number = finished.winner_id
+    assert number is not None
+    entries = {**finished.entries, number: replace(finished.entries[number], recipe_id="0" * 64)}
+    page = Page(run_page(replace(finished, entries=entries)))
+    ((picture),) = page.details[0]["pictures"]
+
+    assert page.text.count(f"candidate {number} decodes to another recipe than the journal names") == 2
+    assert str(number) in page.details[0]["rows"]
+    assert str(number) not in picture["values"]
+    assert len(picture["values"]) > 10
+
+
 # -- strangers' names, long runs ----------------------------------------------------------------------------------
 
 
