@@ -128,7 +128,8 @@ class History:
         """The canonical recipe of a candidate. Raises UserError for an unknown number."""
         entry = self.entry(candidate)
         if entry.recipe_json is not None:
-            recipe = validated(Recipe, entry.recipe_json, f"candidate {candidate}").canonical(self.manifest)
+            where = f"candidate {candidate}"
+            recipe = validated(Recipe, entry.recipe_json, where).canonical(self.manifest, where)
         else:
             try:
                 genome = frozen_genome(decode_array(entry.genome))

@@ -90,8 +90,9 @@ class Prepared:
         """The recipes of `search.warm_start`, canonical, in this run's dtype. Raises UserError."""
         out = []
         for i, data in enumerate(self.experiment.search.warm_start, 1):
-            recipe = validated(Recipe, dict(data), f"search.warm_start, recipe {i}")
-            out.append(recipe.model_copy(update={"dtype": self.dtype}).canonical(self.manifest))
+            where = f"search.warm_start, recipe {i}"
+            recipe = validated(Recipe, dict(data), where)
+            out.append(recipe.model_copy(update={"dtype": self.dtype}).canonical(self.manifest, where))
         return out
 
 

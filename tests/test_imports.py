@@ -14,7 +14,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "evomerge"
 
 LEVELS: tuple[tuple[str, ...], ...] = (
-    ("errors", "canonical", "architectures", "merge.methods", "merge", "export", "report"),
+    ("errors", "canonical", "architectures", "merge.methods", "merge.masks", "merge", "export", "report"),
     ("yamlio", "schema", "library", "files", "manifest", "score.tasks", "journal"),
     ("recipe", "pool"),
     ("proposal", "merge.bank", "merge.live"),

@@ -16,7 +16,7 @@ def test_rows_are_consistent(name: str) -> None:
     method = METHODS[name]
 
     assert method.name == name
-    assert re.search(r"arXiv \d{4}\.\d{4,5}", method.source)
+    assert re.search(r"arXiv \d{4}\.\d{4,5}|doi 10\.\d+/", method.source)
     assert {*method.per_source, *method.per_block} == set(method.coefficients)
     assert "weight" in method.per_source
     assert not set(method.coefficients) & set(method.options)
