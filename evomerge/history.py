@@ -22,7 +22,7 @@ from evomerge.proposal import Evaluation, Scores, frozen_genome
 from evomerge.recipe import Recipe
 from evomerge.rundir import EXPERIMENT, JOURNAL
 from evomerge.schema import validated
-from evomerge.space import RuleSpace
+from evomerge.space import SearchSpace
 
 
 @dataclass
@@ -121,7 +121,7 @@ class History:
     # -- candidates ---------------------------------------------------------------------------------------
 
     @cached_property
-    def _spaces(self) -> tuple[RuleSpace, ...]:
+    def _spaces(self) -> tuple[SearchSpace, ...]:
         return bind_spaces(self.experiment, self.manifest, self.dtype)
 
     def recipe(self, candidate: int) -> Recipe:

@@ -12,13 +12,14 @@ from typing import Any
 
 from evomerge.config import Experiment, FitnessSpec, Stage, Workers
 from evomerge.errors import UserError
+from evomerge.layer_swap import LayerSwapSpace
 from evomerge.manifest import Manifest
 from evomerge.proposal import ItemSet
 from evomerge.recipe import Match, Recipe, Rule
 from evomerge.schema import validated
 from evomerge.score.plan import Plan, PlanShape, item_sets
 from evomerge.search import needs_of
-from evomerge.space import RuleSpace, SpaceSpec
+from evomerge.space import RuleSpace, SearchSpace, SpaceSpec
 from evomerge.workers import Executor, MakeEvaluator
 
 CPU_BATCH_TOKENS = 1024
@@ -34,7 +35,7 @@ class Prepared:
     manifest: Manifest
     dtype: str
     plans: Mapping[str, Plan]
-    spaces: tuple[RuleSpace, ...]
+    spaces: tuple[SearchSpace, ...]
     device: str
     notes: tuple[str, ...]
 
@@ -194,12 +195,13 @@ def check_device(device: str) -> None:
         raise UserError(f"workers.device is {device!r}, but there are {torch.cuda.device_count()} CUDA devices")
 
 
-def bind_spaces(experiment: Experiment, manifest: Manifest, dtype: Any) -> tuple[RuleSpace, ...]:
+def bind_spaces(experiment: Experiment, manifest: Manifest, dtype: Any) -> tuple[SearchSpace, ...]:
     """One bound space a stage. Raises UserError where a stage cannot express what the one before may find."""
-    spaces = []
+    spaces: list[SearchSpace] = []
     for stage in experiment.stages:
         assert isinstance(stage.space, SpaceSpec)
-        spaces.append(RuleSpace(stage.space, manifest, dtype))
+        kind = RuleSpace if stage.space.layer_swap is None else LayerSwapSpace
+        spaces.append(kind(stage.space, manifest, dtype))
     for n, (coarse, fine) in enumerate(itertools.pairwise(spaces), 1):
         for corner in (0.0, 1.0):
             point = coarse.default * 0.0 + corner
