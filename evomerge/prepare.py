@@ -195,13 +195,19 @@ def check_device(device: str) -> None:
         raise UserError(f"workers.device is {device!r}, but there are {torch.cuda.device_count()} CUDA devices")
 
 
+def bind_space(spec: SpaceSpec, manifest: Manifest, dtype: Any) -> SearchSpace:
+    """The space that a spec means over a pool. Raises UserError where it does not fit the pool."""
+    if spec.layer_swap is not None:
+        return LayerSwapSpace(spec, manifest, dtype)
+    return RuleSpace(spec, manifest, dtype)
+
+
 def bind_spaces(experiment: Experiment, manifest: Manifest, dtype: Any) -> tuple[SearchSpace, ...]:
     """One bound space a stage. Raises UserError where a stage cannot express what the one before may find."""
-    spaces: list[SearchSpace] = []
+    spaces = []
     for stage in experiment.stages:
         assert isinstance(stage.space, SpaceSpec)
-        kind = RuleSpace if stage.space.layer_swap is None else LayerSwapSpace
-        spaces.append(kind(stage.space, manifest, dtype))
+        spaces.append(bind_space(stage.space, manifest, dtype))
     for n, (coarse, fine) in enumerate(itertools.pairwise(spaces), 1):
         for corner in (0.0, 1.0):
             point = coarse.default * 0.0 + corner
