@@ -24,8 +24,8 @@ from evomerge.merge.masks import keep, multiplier, scatter
 from evomerge.merge.methods import METHODS, Method
 from evomerge.recipe import Rule
 
-CHUNK_CPU = 1 << 16
-"""Elements: 256 KiB of fp32 per temporary, so that the few temporaries of a chunk stay in the L2 cache."""
+CHUNK_CPU = 1 << 15
+"""Elements: 128 KiB of fp32 per temporary, so that the few temporaries of a chunk stay in the L2 cache."""
 CHUNK_GPU = 1 << 24
 CHUNK_STATISTICS = 1 << 20
 """For sums over a tensor in fp64. Apart from the others, so that no statistic depends on how a build is chunked."""
@@ -282,20 +282,21 @@ def _elected(total: Tensor, c: _Chunk, terms: list[_Term]) -> None:
     """
     n = len(terms)
     spare, share = c.room[n], c.room[n + 1]
+    mass = c.room[n + 2]
     for i, t in enumerate(terms):
-        weighted = _delta(c.room[i], spare, c, t).mul_(t.factor)
+        weighted = _delta(c.room[i if c.normalize else 0], spare, c, t).mul_(t.factor)
         if i == 0:
             total.copy_(weighted)
         else:
             total.add_(weighted)
-    sign = torch.ge(total, 0.0, out=c.room[n + 2]).mul_(2.0).sub_(1.0)
+        if not c.normalize:
+            mass = torch.abs(weighted, out=mass) if i == 0 else mass.add_(weighted.abs_())
     if not c.normalize:
         # sum_i max(s d_i, 0) = (sum |d_i| + |sum d_i|) / 2
-        total.abs_()
-        for i in range(n):
-            total.add_(c.room[i].abs_())
-        total.mul_(sign.mul_(0.5))
+        half = torch.ge(total, 0.0, out=spare).sub_(0.5)
+        total.abs_().add_(mass).mul_(half)
         return
+    sign = torch.ge(total, 0.0, out=c.room[n + 2]).mul_(2.0).sub_(1.0)
     total.mul_(0.0)  # zeros; a NaN, which agrees with no sign, must not vanish
     share.zero_()
     for i, t in enumerate(terms):
