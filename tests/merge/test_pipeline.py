@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from evomerge.merge import pipeline
 from evomerge.merge.bank import Bank
 from evomerge.merge.pipeline import Sketches, apply
 from evomerge.recipe import Rule
@@ -16,7 +15,6 @@ from evomerge.recipe import Rule
 Banks = Callable[..., Bank]
 SHAPES: dict[str, tuple[int, ...]] = {"matrix": (37, 29), "line": (65,), "single": (1,)}
 BLOCK = dict.fromkeys(SHAPES, "layers.0.mlp")
-METHODS = ("linear", "task_arithmetic", "ties")
 
 
 def random_sources(seed: int, experts: int = 3, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
