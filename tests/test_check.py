@@ -79,7 +79,7 @@ def test_a_choice_of_methods_is_described(experiment_with: Callable[..., Any]) -
 
 def test_layer_swapping_is_described(experiment_with: Callable[..., Any]) -> None:
     """Sources that are given are fixed, numbers of layers have bounds."""
-    lines = text(check(experiment_with(**{"search_space": {"layer_swap": {"outer": "one", "embed": "base"}}})))
+    lines = text(check(experiment_with(search_space={"layer_swap": {"outer": "one", "embed": "base"}})))
 
     assert "5 axes, layer_swap over 2 groups" in lines
     assert "bottom in [0, 1]" in lines
