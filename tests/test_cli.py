@@ -359,7 +359,7 @@ def write_recipe(path: Path, tiny_model: Callable[..., Path], **fields: Any) -> 
         ({"merge": [{"method": "linear", "sources": {"x": {"weight": 0}}}]}, "all weights of linear are 0"),
         ({"merge": [{"method": "slurp", "sources": {"x": {}}}]}, "unknown method 'slurp'; did you mean 'slerp'"),
         ({"merge": [{"match": {"layers": [1, 7]}, "method": "linear", "sources": {"x": {}}}]},
-         "recipe.yaml: merge rule 1: layers [1, 7] go past the last one: the model has 2 layers"),
+         "r.yaml: merge rule 1: layers [1, 7] go past the last one: the model has 2 layers"),
         ({"sources": {"base": {}, "x": {}}}, "the recipe gives no folder"),
     ],
     ids=["route", "tokenizer", "zero weights", "method", "layers", "no folder"],
