@@ -9,7 +9,6 @@ from typing import Any
 from evomerge.budget import Allowance
 from evomerge.config import Experiment
 from evomerge.licences import licence_of, remarks
-from evomerge.merge.methods import METHODS
 from evomerge.pool import TORCH_DTYPES
 from evomerge.prepare import Prepared, prepare
 from evomerge.tasks.base import NOTHING, Allowed
@@ -59,21 +58,7 @@ def check(experiment: Experiment, allow: Allowed = NOTHING) -> Check:
         experts=prepared.manifest.experts,
         dtype=prepared.dtype,
         device=prepared.device,
-        stages=tuple(
-            {
-                "method": s.spec.method,
-                "groups": len(s.groups),
-                "axes": len(s.axes),
-                "names": [a.name for a in s.axes],
-                "bounds": {c: [x.low, x.high] for c, x in s.spec.axes.items()},
-                "fixed": {
-                    c: s.spec.params.get(c, k.default)
-                    for c, k in METHODS[s.spec.method].coefficients.items()
-                    if c not in s.spec.axes
-                },
-            }
-            for s in prepared.spaces
-        ),
+        stages=tuple(s.describe() for s in prepared.spaces),
         items={s: {t: len(p) for t, p in i.tasks.items()} for s, i in items.items()},
         tokens_per_candidate=tokens,
         flop_per_candidate=flop,
@@ -88,7 +73,7 @@ def _memory(prepared: Prepared) -> int:
     """Resident weights of one worker: the bank as stored, the buffer, and sorted magnitudes where needed."""
     m = prepared.manifest
     size = TORCH_DTYPES[prepared.dtype].itemsize
-    sketches = any(METHODS[s.spec.method].sparsify == "top_k" for s in prepared.spaces)
+    sketches = any(method.sparsify == "top_k" for s in prepared.spaces for method in s.methods)
     return m.elements * (size * (len(m.hashes) + 1) + (4 * len(m.experts) if sketches else 0))
 
 
@@ -107,6 +92,12 @@ def _cpu_flops(threads: int) -> float:
     return n * 2 * 512**3 / (time.perf_counter() - start)
 
 
+def _range(name: str, bounds: list[Any]) -> str:
+    if all(isinstance(b, str) for b in bounds):
+        return f"{name} of {', '.join(bounds)}"
+    return f"{name} in [{bounds[0]:g}, {bounds[1]:g}]"
+
+
 def text(c: Check) -> str:
     """For people."""
     lines = [
@@ -116,8 +107,8 @@ def text(c: Check) -> str:
     ]
     for n, s in enumerate(c.stages, 1):
         lines.append(f"stage {n}  {s['axes']} axes, {s['method']} over {s['groups']} groups of blocks")
-        searched = ", ".join(f"{c} in [{low:g}, {high:g}]" for c, (low, high) in s["bounds"].items())
-        fixed = ", ".join(f"{c} {v:g}" for c, v in s["fixed"].items())
+        searched = ", ".join(_range(c, bounds) for c, bounds in s["bounds"].items())
+        fixed = ", ".join(f"{c} {v}" if isinstance(v, str) else f"{c} {v:g}" for c, v in s["fixed"].items())
         lines.append(f"         searched: {searched}" + (f"; fixed: {fixed}" if fixed else ""))
         names = s["names"]
         lines.append(f"         {', '.join(names[:4])}" + (f", ... {names[-1]}" if len(names) > 5 else ""))

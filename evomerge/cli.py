@@ -473,7 +473,7 @@ def _merge(args: argparse.Namespace) -> int:
     if (reason := recipe.unsupported()) is not None:
         raise UserError(f"{args.recipe}: {reason}")
     pool, manifest = open_recipe_pool(recipe, recipe_paths(recipe))
-    canonical = recipe.canonical(manifest)
+    canonical = recipe.canonical(manifest, str(args.recipe))
     try:
         write_hf(args.to, canonical, pool, manifest)
     except BuildError as e:
@@ -502,8 +502,9 @@ def _score(args: argparse.Namespace) -> int:
     splits = tuple(args.split or SPLITS)
     if is_recipe(args.model):
         recipe = Recipe.load(args.model)
-        pool, _ = open_recipe_pool(recipe, recipe_paths(recipe))
-        scores = score_recipe(recipe, pool, fitness, splits=splits, device=device, allow=_allowed(args))
+        pool, manifest = open_recipe_pool(recipe, recipe_paths(recipe))
+        canonical = recipe.canonical(manifest, str(args.model))
+        scores = score_recipe(canonical, pool, fitness, splits=splits, device=device, allow=_allowed(args))
     else:
         scores = score_folder(args.model, fitness, splits=splits, device=device, allow=_allowed(args))
     rows = []

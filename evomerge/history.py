@@ -23,7 +23,7 @@ from evomerge.proposal import Evaluation, Scores, frozen_genome
 from evomerge.recipe import Recipe
 from evomerge.rundir import EXPERIMENT, JOURNAL
 from evomerge.schema import validated
-from evomerge.space import RuleSpace
+from evomerge.space import SearchSpace
 
 
 @dataclass
@@ -126,7 +126,7 @@ class History:
     # -- candidates ---------------------------------------------------------------------------------------
 
     @cached_property
-    def spaces(self) -> tuple[RuleSpace, ...]:
+    def spaces(self) -> tuple[SearchSpace, ...]:
         """The search space of each stage."""
         return bind_spaces(self.experiment, self.manifest, self.dtype)
 
@@ -134,7 +134,8 @@ class History:
         """The canonical recipe of a candidate. Raises UserError for an unknown number."""
         entry = self.entry(candidate)
         if entry.recipe_json is not None:
-            recipe = validated(Recipe, entry.recipe_json, f"candidate {candidate}").canonical(self.manifest)
+            where = f"candidate {candidate}"
+            recipe = validated(Recipe, entry.recipe_json, where).canonical(self.manifest, where)
         else:
             try:
                 genome = frozen_genome(decode_array(entry.genome))

@@ -13,13 +13,14 @@ from typing import Any
 from evomerge.config import Experiment, Stage, Workers
 from evomerge.errors import UserError
 from evomerge.fitness import FitnessSpec
+from evomerge.layer_swap import LayerSwapSpace
 from evomerge.manifest import Manifest
 from evomerge.proposal import ItemSet
 from evomerge.recipe import Match, Recipe, Rule
 from evomerge.schema import validated
 from evomerge.score.plan import Plan, PlanShape, Target, item_sets
 from evomerge.search import ALGORITHMS, needs_of
-from evomerge.space import RuleSpace, SpaceSpec
+from evomerge.space import RuleSpace, SearchSpace, SpaceSpec
 from evomerge.tasks import Task
 from evomerge.tasks.base import NOTHING, Allowed, Item
 from evomerge.workers import Executor, MakeEvaluator
@@ -37,7 +38,7 @@ class Prepared:
     manifest: Manifest
     dtype: str
     plans: Mapping[str, Plan]
-    spaces: tuple[RuleSpace, ...]
+    spaces: tuple[SearchSpace, ...]
     device: str
     notes: tuple[str, ...]
     folders: Mapping[str, Path]
@@ -95,8 +96,9 @@ class Prepared:
         """The recipes of `search.warm_start`, canonical, in this run's dtype. Raises UserError."""
         out = []
         for i, data in enumerate(self.experiment.search.warm_start, 1):
-            recipe = validated(Recipe, dict(data), f"search.warm_start, recipe {i}")
-            out.append(recipe.model_copy(update={"dtype": self.dtype}).canonical(self.manifest))
+            where = f"search.warm_start, recipe {i}"
+            recipe = validated(Recipe, dict(data), where)
+            out.append(recipe.model_copy(update={"dtype": self.dtype}).canonical(self.manifest, where))
         return out
 
 
@@ -223,12 +225,19 @@ def check_device(device: str) -> None:
         raise UserError(f"workers.device is {device!r}, but there are {torch.cuda.device_count()} CUDA devices")
 
 
-def bind_spaces(experiment: Experiment, manifest: Manifest, dtype: Any) -> tuple[RuleSpace, ...]:
+def bind_space(spec: SpaceSpec, manifest: Manifest, dtype: Any) -> SearchSpace:
+    """The space that a spec means over a pool. Raises UserError where it does not fit the pool."""
+    if spec.layer_swap is not None:
+        return LayerSwapSpace(spec, manifest, dtype)
+    return RuleSpace(spec, manifest, dtype)
+
+
+def bind_spaces(experiment: Experiment, manifest: Manifest, dtype: Any) -> tuple[SearchSpace, ...]:
     """One bound space a stage. Raises UserError where a stage cannot express what the one before may find."""
     spaces = []
     for stage in experiment.stages:
         assert isinstance(stage.space, SpaceSpec)
-        spaces.append(RuleSpace(stage.space, manifest, dtype))
+        spaces.append(bind_space(stage.space, manifest, dtype))
     for n, (coarse, fine) in enumerate(itertools.pairwise(spaces), 1):
         for corner in (0.0, 1.0):
             point = coarse.default * 0.0 + corner

@@ -4,10 +4,13 @@ A recipe is written by people with rules (`match: {layers: [0, 15], module: atte
 canonical form: one rule a block, defaults filled in, coefficients rounded to 1e-6, inert genes removed.
 
 Inert forms that the canonical form removes (each leaves the built weights the same to the last bit):
-  1. a source of weight 0, in every method of `merge/methods.py`;
+  1. a source of weight 0, in every method of `merge/methods.py` (in `slerp`: t is 0 or 1, one model remains);
   2. a whole rule without remaining sources, or with lambda 0: the block is the base's;
-  3. a `linear` rule whose only source is the base, normalised or of weight 1: the block is the base's;
-  4. sources that no rule mentions.
+  3. a `linear` rule whose only source is the base, normalised or of weight 1, and a `slerp` rule whose only source
+     is the base: the block is the base's;
+  4. the weight of the only source of a `slerp` rule: it becomes 1;
+  5. `mask_seed` and `rescale` of a DARE rule whose densities are all 1: they become the defaults;
+  6. sources that no rule mentions.
 """
 
 from __future__ import annotations
@@ -69,6 +72,13 @@ class Match(_Part):
         modules = (self.module,) if isinstance(self.module, str) else self.module
         return modules is None or block.module in modules
 
+    def beyond(self, manifest: Manifest) -> str | None:
+        """What is wrong where the layers go past the model's last one, else None."""
+        layers = manifest.layers[manifest.base]
+        if self.layers is None or self.layers[1] < layers:
+            return None
+        return f"layers {list(self.layers)} go past the last one: the model has {layers} layers, 0 to {layers - 1}"
+
 
 class Rule(_Part):
     """How the blocks that match are merged."""
@@ -107,6 +117,8 @@ def check_value(method: Method, name: str, value: Scalar) -> None:
             raise ValueError(f"{name}: expected one of {list(allowed)}, got {value!r}")
         return
     c = method.coefficients[name]
+    if c.integer and type(value) is not int:
+        raise ValueError(f"{name}: expected a whole number, got {value!r}")
     if isinstance(value, bool | str) or not c.low <= value <= c.high:
         raise ValueError(f"{name}: `{c.low:g} <= {name} <= {c.high:g}` must hold, but got {value!r}")
 
@@ -214,11 +226,18 @@ class Recipe(_Part):
 
     # -- canonical form ---------------------------------------------------------------------------------
 
-    def canonical(self, manifest: Manifest) -> Recipe:
+    def canonical(self, manifest: Manifest, where: str = "") -> Recipe:
         """One rule a block, sources with the manifest's hashes, nothing inert (module docstring).
 
-        Raises UserError for sources, hashes or blocks that the manifest does not have. Idempotent.
+        Raises UserError for sources, hashes or blocks that the manifest does not have; `where` names the recipe's
+        file in it. Idempotent.
         """
+        try:
+            return self._canonical(manifest)
+        except UserError as e:
+            raise UserError(f"{where}: {e}" if where else str(e)) from None
+
+    def _canonical(self, manifest: Manifest) -> Recipe:
         if (reason := self.unsupported()) is not None:
             raise UserError(reason)
         if self.base != manifest.base:
@@ -232,6 +251,8 @@ class Recipe(_Part):
                     f"but the pool's has {manifest.hashes[name][:12]}...: not the same weights"
                 )
         for i, rule in enumerate(self.merge or ()):
+            if rule.match != "all" and (reason := rule.match.beyond(manifest)) is not None:
+                raise UserError(f"merge rule {i + 1}: {reason}")
             if rule.match != "all" and not any(rule.match.covers(b) for b in manifest.blocks.values()):
                 # Tied models have no head of their own; a rule for it alone is inert, not wrong.
                 if rule.match.module == "head" or rule.match.block == "head":
@@ -334,28 +355,40 @@ def _reduced(rule: Rule, block: str, base: str, manifest: Manifest) -> Rule | No
     params |= {n: coefs[n].default for n in method.per_block}
     params |= rule.params
     for n in method.per_block:
-        params[n] = rounded(float(params[n]))
+        params[n] = int(params[n]) if coefs[n].integer else rounded(float(params[n]))
+    adds = method.adds_to_base(params)
     sources = {}
     for name in sorted(rule.sources):
         if name not in manifest.hashes:
             raise UserError(f"merge rule for {block}: unknown source {name!r}{nearest(name, manifest.hashes)}")
-        if name == base and method.delta == "base":
+        if name == base and adds:
             raise UserError(f"merge rule for {block}: {rule.method} adds to the base; it cannot be a source too")
         given = rule.sources[name]
         values = {n: rounded(float(given.get(n, coefs[n].default))) for n in method.per_source}
         if values["weight"] != 0.0:
             sources[name] = values
-    if method.delta == "none" and rule.sources and not sources:
+    spherical = method.combine == "spherical"
+    if (spherical or not adds) and rule.sources and not sources:
         raise UserError(f"merge rule for {block}: all weights of {rule.method} are 0, which builds no model")
     if not sources or params.get("lambda") == 0.0:
         return None
-    normalised = method.delta == "none" and params["normalize"] is True
-    if method.delta == "none" and set(sources) == {base} and (normalised or sources[base]["weight"] == 1.0):
+    if spherical and len(sources) > 2:
+        raise UserError(
+            f"merge rule for {block}: {rule.method} is between two models, but {', '.join(sources)} have weights "
+            "above 0; keep two of them, or take linear"
+        )
+    normalised = method.combine == "weighted_mean" and params["normalize"] is True
+    alone = next(iter(sources.values())) if len(sources) == 1 else None
+    if alone is not None and spherical:
+        alone["weight"] = 1.0
+    if not adds and set(sources) == {base} and (normalised or sources[base]["weight"] == 1.0):
         return None
     if normalised:
         total = sum(v["weight"] for v in sources.values())
         if abs(total) < 1e-6:
             raise UserError(f"merge rule for {block}: the weights of linear sum to {total:g} and cannot be normalised")
+    if method.sparsify == "bernoulli" and all(v["density"] == 1.0 for v in sources.values()):
+        params |= {"mask_seed": int(coefs["mask_seed"].default), "rescale": method.options["rescale"][0]}
     return Rule.model_construct(
         match=_only(block), method=rule.method, params=dict(sorted(params.items())), sources=sources
     )

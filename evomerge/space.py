@@ -8,18 +8,21 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_serializer, model_validator
 
 from evomerge.errors import UserError, nearest
 from evomerge.manifest import Manifest
-from evomerge.merge.methods import METHODS, Scalar
+from evomerge.merge.methods import METHODS, Method, Scalar
 from evomerge.proposal import Genome, frozen_genome
 from evomerge.recipe import Dtype, Match, Recipe, Rule, check_value, rounded
 
 
 @dataclass(frozen=True)
 class Axis:
-    """One gene. `value` maps [0, 1] onto [low, high] (float, int) or onto `choices` (categorical)."""
+    """One gene. `value` maps [0, 1] onto [low, high] (float, int) or onto `choices` (categorical).
+
+    `when` names another axis and those of its choices with which this one has an effect; None: always.
+    """
 
     name: str
     kind: Literal["float", "int", "categorical"] = "float"
@@ -67,6 +70,20 @@ class SearchSpace(Protocol):
     """What an optimizer and the driver need of a space."""
 
     axes: tuple[Axis, ...]
+    methods: tuple[Method, ...]
+
+    @property
+    def default(self) -> Genome:
+        """The point where every axis has its default."""
+        ...
+
+    def probes(self) -> list[Genome]:
+        """A few telling points to look at first."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What `check` prints: method, groups, axes, names, bounds, fixed."""
+        ...
 
     def decode(self, g: Genome, m: Manifest) -> Recipe:
         """The canonical recipe at a point of the unit cube. Total."""
@@ -122,141 +139,294 @@ class NamedGroup(_Part):
     match: Match | Literal["all"]
 
 
+class LayerSwap(_Part):
+    """Layer swapping: which model the first and last layers come from, and which one those between them.
+
+    What is left out is searched.
+    """
+
+    outer: str | None = Field(None, description="source of the first and the last layers")
+    inner: str | None = Field(None, description="source of the layers between them")
+    embed: Literal["outer", "inner", "base"] | None = Field(None, description="whose embedding")
+    head: Literal["outer", "inner", "base"] | None = Field(None, description="whose final norm and head")
+
+
+SWAP_AXES = ("bottom", "top", "transition")
+
+
 class SpaceSpec(_Part):
-    """A search space: one method over groups of blocks."""
+    """A search space: a method, or the choice of one, over groups of blocks; or layer swapping."""
 
     description: str = ""
-    method: str = "task_arithmetic"
+    method: str | tuple[str, ...] = Field("task_arithmetic", description="of a list, one is chosen by the search")
     groups: Literal["all", "layers", "layer-modules"] | Buckets | tuple[NamedGroup, ...] = "all"
-    axes: Mapping[str, AxisSpec] = Field(min_length=1)
+    axes: Mapping[str, AxisSpec] = Field(default_factory=dict, description="what is searched, with its bounds")
     params: Mapping[str, Scalar] = Field(default_factory=dict, description="fixed options and coefficients")
+    experts: tuple[str, ...] | None = Field(None, description="those that are merged; default all")
+    layer_swap: LayerSwap | None = Field(None, description="in place of method, groups, params and experts")
+
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        """The method, or those to choose from."""
+        return tuple(METHODS[n] for n in ((self.method,) if isinstance(self.method, str) else self.method))
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, inner: Any) -> Any:
+        # Experiment ids hash this: keys that came later are left out where they say nothing.
+        return {k: v for k, v in inner(self).items() if v is not None or k not in ("experts", "layer_swap")}
 
     @model_validator(mode="after")
     def _known(self) -> SpaceSpec:
-        if self.method not in METHODS:
-            raise ValueError(f"unknown method {self.method!r}{nearest(self.method, METHODS)}")
-        method = METHODS[self.method]
-        for name, axis in self.axes.items():
-            if name not in method.coefficients:
-                raise ValueError(f"{self.method} has no coefficient {name!r}{nearest(name, method.coefficients)}")
-            c = method.coefficients[name]
-            if not (c.low <= axis.low and axis.high <= c.high):
-                raise ValueError(
-                    f"{name}: bounds must lie within [{c.low:g}, {c.high:g}], got [{axis.low:g}, {axis.high:g}]"
-                )
-        for name, value in self.params.items():
-            if name not in method.options and name not in method.coefficients:
-                raise ValueError(
-                    f"{self.method} has no parameter {name!r}{nearest(name, (*method.options, *method.coefficients))}"
-                )
+        if self.layer_swap is not None:
+            return self._swaps()
+        names = (self.method,) if isinstance(self.method, str) else self.method
+        for name in names:
+            if name not in METHODS:
+                raise ValueError(f"unknown method {name!r}{nearest(name, METHODS)}")
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"method: expected one or several different methods, got {list(names)}")
+        if not self.axes:
+            raise ValueError("axes: expected at least one coefficient to search")
+        any_of = " or ".join(names)
+        coefficients = {c for method in self.methods for c in method.coefficients}
+        options = {o for method in self.methods for o in method.options}
+        for name in self.axes:
+            if name not in coefficients:
+                raise ValueError(f"{any_of} has no coefficient {name!r}{nearest(name, coefficients)}")
+        for name in self.params:
+            if name not in coefficients | options:
+                raise ValueError(f"{any_of} has no parameter {name!r}{nearest(name, coefficients | options)}")
             if name in self.axes:
                 raise ValueError(f"{name} is both an axis and fixed in params; keep one")
-            check_value(method, name, value)
+        for method in self.methods:
+            for name, axis in self.axes.items():
+                if name in method.coefficients:
+                    _check_bounds(method, name, axis)
+            for name, value in self.params.items():
+                if name in method.coefficients or name in method.options:
+                    check_value(method, name, value)
+        return self
+
+    def _swaps(self) -> SpaceSpec:
+        beside = self.model_fields_set & {"method", "groups", "params", "experts"}
+        if beside:
+            raise ValueError(f"layer_swap goes without {', '.join(sorted(beside))}")
+        for name, axis in self.axes.items():
+            if name not in SWAP_AXES:
+                raise ValueError(f"layer_swap has no axis {name!r}{nearest(name, SWAP_AXES)}")
+            _check_whole(name, axis)
+            if axis.low < 0:
+                raise ValueError(f"{name}: a number of layers is at least 0, got {axis.low:g}")
         return self
 
 
+def _check_bounds(method: Method, name: str, axis: AxisSpec) -> None:
+    c = method.coefficients[name]
+    if not (c.low <= axis.low and axis.high <= c.high):
+        raise ValueError(f"{name}: bounds must lie within [{c.low:g}, {c.high:g}], got [{axis.low:g}, {axis.high:g}]")
+    if c.integer:
+        _check_whole(name, axis)
+
+
+def _check_whole(name: str, axis: AxisSpec) -> None:
+    numbers = [axis.low, axis.high, *([] if axis.default is None else [axis.default])]
+    if axis.log or any(isinstance(n, str) or n != int(n) for n in numbers):
+        raise ValueError(f"{name}: expected whole numbers as bounds and default, and no log")
+
+
+METHOD = "method"
+"""Name of the categorical axis of a space with several methods."""
+
+
 class RuleSpace:
-    """One merge method whose coefficients vary by group of blocks and by expert."""
+    """Merge rules whose coefficients vary by group of blocks and by expert, all of one method.
+
+    Of several methods the axis `method` chooses; coefficients that not all of them have are conditional on it.
+    """
 
     def __init__(self, spec: SpaceSpec, manifest: Manifest, dtype: Dtype) -> None:
-        """Bind a spec to a pool. Raises UserError where a group is empty or groups overlap."""
+        """Bind a spec to a pool. Raises UserError where a group is empty or groups overlap, for unknown experts,
+        and where slerp, which is between two models, has more or too few."""
         self.spec = spec
         self.dtype = dtype
+        self.methods = spec.methods
         self.groups = _groups(spec, manifest)
-        self._experts = manifest.experts
-        method = METHODS[spec.method]
-        # A linear merge over the experts alone has no place for the base; others add to it.
+        self._experts = _experts(spec, manifest)
+        per_source = {n: None for method in self.methods for n in method.per_source if n in spec.axes}
+        per_block = {n: None for method in self.methods for n in method.per_block if n in spec.axes}
         axes = []
+        if len(self.methods) > 1:
+            names = tuple(method.name for method in self.methods)
+            axes.append(Axis(METHOD, "categorical", choices=names, default=names[0]))
         for group in self.groups:
             for expert in self._experts:
-                axes += [self._axis(f"{expert}.{group}.{c}", c) for c in method.per_source if c in spec.axes]
-            axes += [self._axis(f"{group}.{c}", c) for c in method.per_block if c in spec.axes]
+                axes += [self._axis(f"{expert}.{group}.{c}", c) for c in per_source]
+            axes += [self._axis(f"{group}.{c}", c) for c in per_block]
         self.axes: tuple[Axis, ...] = tuple(axes)
 
     def _axis(self, name: str, coefficient: str) -> Axis:
         spec = self.spec.axes[coefficient]
+        having = [method for method in self.methods if coefficient in method.coefficients]
+        c = having[0].coefficients[coefficient]
         default: float
         if spec.default == "uniform":
             default = min(max(1.0 / max(len(self._experts), 1), spec.low), spec.high)
         elif spec.default is None:
-            default = min(max(METHODS[self.spec.method].coefficients[coefficient].default, spec.low), spec.high)
+            default = min(max(c.default, spec.low), spec.high)
         else:
             default = float(spec.default)
-        return Axis(name, "float", spec.low, spec.high, log=spec.log, default=default)
+        when = None if len(having) == len(self.methods) else (METHOD, frozenset(method.name for method in having))
+        kind: Literal["int", "float"] = "int" if c.integer else "float"
+        return Axis(name, kind, spec.low, spec.high, log=spec.log, default=default, when=when)
 
     @property
     def default(self) -> Genome:
         """The point where every axis has its default."""
-        return frozen_genome([a.unit(a.default) for a in self.axes])
+        return self._genome({})
+
+    def _genome(self, values: Mapping[str, float | str]) -> Genome:
+        """The point with these values, defaults elsewhere. ValueError outside an axis."""
+        genes = [a.unit(values.get(a.name, a.default)) for a in self.axes]
+        return frozen_genome(np.clip(np.array(genes), 0.0, 1.0))
 
     def probes(self) -> list[Genome]:
-        """Where to look first: the default, and each expert alone with half and with full weight (kept in bounds)."""
-        if "weight" not in self.spec.axes:
-            return [self.default]
+        """Where to look first: the default under each method, and each expert alone with half and with full weight
+        (kept in bounds)."""
         out = [self.default]
+        if len(self.methods) > 1:
+            out += [self._genome({METHOD: method.name}) for method in self.methods[1:]]
+        if "weight" not in self.spec.axes:
+            return out
+        weights = [a for a in self.axes if a.name.endswith(".weight")]
         for expert in self._experts:
             for weight in (0.5, 1.0):
-                genes = []
-                for axis in self.axes:
-                    value = axis.default
-                    if axis.name.endswith(".weight"):
-                        value = weight if axis.name.partition(".")[0] == expert else 0.0
-                        value = min(max(value, axis.low), axis.high)
-                    genes.append(axis.unit(value))
-                out.append(frozen_genome(np.clip(np.array(genes), 0.0, 1.0)))
+                wanted = {a.name: weight if a.name.partition(".")[0] == expert else 0.0 for a in weights}
+                out.append(self._genome({a.name: min(max(wanted[a.name], a.low), a.high) for a in weights}))
         return out
 
     def decode(self, g: Genome, m: Manifest) -> Recipe:
         """The canonical recipe at `g`. ValueError only for a vector of the wrong length or off the cube."""
-        if g.shape != (len(self.axes),) or not np.all((g >= 0) & (g <= 1)):
-            raise ValueError(f"expected {len(self.axes)} genes in [0, 1], got shape {g.shape}")
-        values = {axis.name: float(axis.value(float(u))) for axis, u in zip(self.axes, g, strict=True)}
-        method = METHODS[self.spec.method]
+        values = decoded(self.axes, g)
+        method = METHODS[str(values[METHOD])] if len(self.methods) > 1 else self.methods[0]
         chosen: dict[str, Rule] = {}
         for group, blocks in self.groups.items():
-            params: dict[str, Scalar] = {n: v for n, v in self.spec.params.items() if n not in method.per_source}
-            params |= {c: values[f"{group}.{c}"] for c in method.per_block if c in self.spec.axes}
-            sources = {}
-            for expert in self._experts:
-                coefs = {n: float(v) for n, v in self.spec.params.items() if n in method.per_source}
-                coefs |= {c: values[f"{expert}.{group}.{c}"] for c in method.per_source if c in self.spec.axes}
-                sources[expert] = coefs
-            weights = [c.get("weight", 1.0) for c in sources.values()]
-            normalised = params.get("normalize", True)
-            if method.delta == "none" and (not any(weights) or (normalised and abs(sum(weights)) < 1e-6)):
-                # Weights that build no model, or cannot be normalised, mean "nothing of the experts": the base,
-                # so decode is total.
-                continue
-            rule = Rule.model_construct(match="all", method=self.spec.method, params=params, sources=sources)
-            chosen |= dict.fromkeys(blocks, rule)
+            rule = self._rule(method, group, values, m)
+            if rule is not None:
+                chosen |= dict.fromkeys(blocks, rule)
         return Recipe.model_construct(base=m.base, dtype=self.dtype, sources={}).assembled(chosen, m)
+
+    def _rule(self, method: Method, group: str, values: Mapping[str, float | str], m: Manifest) -> Rule | None:
+        def number(coefficient: str, axis: str) -> float:
+            value = float(values[axis])
+            return int(value) if method.coefficients[coefficient].integer else value
+
+        axes, fixed = self.spec.axes, self.spec.params
+        params = {n: v for n, v in fixed.items() if n in method.options or n in method.per_block}
+        params |= {c: number(c, f"{group}.{c}") for c in method.per_block if c in axes}
+        sources = {}
+        for expert in self._experts:
+            sources[expert] = {n: float(v) for n, v in fixed.items() if n in method.per_source}
+            sources[expert] |= {c: number(c, f"{expert}.{group}.{c}") for c in method.per_source if c in axes}
+        weights = [c.get("weight", method.coefficients["weight"].default) for c in sources.values()]
+        adds = method.adds_to_base(params)
+        normalised = method.combine == "weighted_mean" and params.get("normalize", True)
+        if method.combine == "spherical" and len(self._experts) == 1:
+            # Between the base and the only expert, whose weight is t.
+            sources[m.base] = {"weight": max(1.0 - weights[0], 0.0)}
+        elif not any(weights) and (method.combine == "spherical" or not adds):
+            # Weights that build no model, or cannot be normalised, mean "nothing of the experts": the base,
+            # so decode is total.
+            return None
+        elif normalised and abs(sum(weights)) < 1e-6:
+            return None
+        return Rule.model_construct(match="all", method=method.name, params=params, sources=sources)
 
     def encode(self, r: Recipe, m: Manifest) -> Genome:
         """A point that decodes to the canonical form of `r`. Raises ValueError where there is none."""
-        blocks = r.canonical(m).blocks
-        method = METHODS[self.spec.method]
+        canonical = r.canonical(m)
+        used = {rule.method for rule in canonical.blocks.values()}
+        reason = "this space cannot express the recipe: another method, grouping or fixed parameter"
+        for method in self.methods:
+            if used <= {method.name}:
+                try:
+                    g = self._genome(self._values(method, canonical.blocks))
+                except ValueError as e:
+                    reason = str(e)
+                    continue
+                if self.decode(g, m).id == canonical.id:
+                    return g
+        raise ValueError(reason)
+
+    def _values(self, method: Method, blocks: Mapping[str, Rule]) -> dict[str, float | str]:
+        """What the axes say of a recipe; axes that say nothing are left out."""
         weights = self.spec.axes.get("weight")
         # A source that is not there has weight 0; what else it has is inert. Where no weight can be 0, lambda is.
         zero_weight = weights is not None and weights.low <= 0.0 <= weights.high
-        genes = []
+        values: dict[str, float | str] = {METHOD: method.name}
         for group, names in self.groups.items():
             rule = blocks.get(names[0])
             for expert in self._experts:
                 coefs = rule.sources.get(expert) if rule is not None else None
                 for c in method.per_source:
-                    if c in self.spec.axes:
-                        axis = self._axis(f"{expert}.{group}.{c}", c)
-                        absent = 0.0 if c == "weight" and zero_weight else axis.default
-                        genes.append(axis.unit(coefs[c] if coefs is not None and c in coefs else absent))
+                    if coefs is not None and c in coefs:
+                        values[f"{expert}.{group}.{c}"] = coefs[c]
+                    elif c == "weight" and zero_weight:
+                        values[f"{expert}.{group}.{c}"] = 0.0
+                if method.combine == "spherical" and coefs is not None and rule is not None and len(rule.sources) == 1:
+                    # Any weight above 0 of an only source is the same; canonical is 1, which may be out of bounds.
+                    values[f"{expert}.{group}.weight"] = min(1.0, weights.high) if weights is not None else 1.0
             for c in method.per_block:
-                if c in self.spec.axes:
-                    axis = self._axis(f"{group}.{c}", c)
-                    absent = 0.0 if c == "lambda" and not zero_weight and axis.low <= 0.0 <= axis.high else axis.default
-                    genes.append(axis.unit(absent if rule is None else float(rule.params.get(c, axis.default))))
-        g = frozen_genome(np.clip(np.array(genes), 0.0, 1.0))
-        if self.decode(g, m).id != r.canonical(m).id:
-            raise ValueError("this space cannot express the recipe: another method, grouping or fixed parameter")
-        return g
+                if rule is not None:
+                    values[f"{group}.{c}"] = float(rule.params[c])
+                elif c == "lambda" and not zero_weight and c in self.spec.axes:
+                    axis = self.spec.axes[c]
+                    if axis.low <= 0.0 <= axis.high:
+                        values[f"{group}.{c}"] = 0.0
+        return values
+
+    def describe(self) -> dict[str, Any]:
+        """What `check` prints."""
+        choice = {METHOD: [method.name for method in self.methods]} if len(self.methods) > 1 else {}
+        return {
+            "method": " | ".join(method.name for method in self.methods),
+            "groups": len(self.groups),
+            "axes": len(self.axes),
+            "names": [a.name for a in self.axes],
+            "bounds": {**choice, **{c: [x.low, x.high] for c, x in self.spec.axes.items()}},
+            "fixed": {
+                c: self.spec.params.get(c, k.default)
+                for method in self.methods
+                for c, k in method.coefficients.items()
+                if c not in self.spec.axes
+            },
+        }
+
+
+def decoded(axes: tuple[Axis, ...], g: Genome) -> dict[str, float | str]:
+    """Axis name -> value at `g`. ValueError for a vector of the wrong length or off the cube."""
+    if g.shape != (len(axes),) or not np.all((g >= 0) & (g <= 1)):
+        raise ValueError(f"expected {len(axes)} genes in [0, 1], got shape {g.shape}")
+    return {axis.name: axis.value(float(u)) for axis, u in zip(axes, g, strict=True)}
+
+
+def _experts(spec: SpaceSpec, m: Manifest) -> tuple[str, ...]:
+    """The experts that a space merges, sorted."""
+    experts = m.experts if spec.experts is None else tuple(sorted(set(spec.experts)))
+    for name in experts:
+        if name not in m.experts:
+            raise UserError(f"search space: experts: unknown expert {name!r}{nearest(name, m.experts)}")
+    if not experts:
+        raise UserError("search space: experts: expected at least one")
+    for method in spec.methods:
+        if method.combine == "spherical":
+            deltas = method.adds_to_base({n: v for n, v in spec.params.items() if n in method.options})
+            if len(experts) > 2 or (deltas and len(experts) < 2):
+                raise UserError(
+                    f"search space: {method.name} is between two models"
+                    + (", here two experts" if deltas else ", two experts or one and the base")
+                    + f"; this space has {', '.join(experts)}: name two with `experts: [...]`, or take another method"
+                )
+    return experts
 
 
 def _groups(spec: SpaceSpec, m: Manifest) -> dict[str, tuple[str, ...]]:
@@ -269,6 +439,8 @@ def _groups(spec: SpaceSpec, m: Manifest) -> dict[str, tuple[str, ...]]:
         out: dict[str, tuple[str, ...]] = {}
         owner: dict[str, str] = {}
         for g in spec.groups:
+            if g.match != "all" and (reason := g.match.beyond(m)) is not None:
+                raise UserError(f"search space: group {g.name!r}: {reason}")
             names = tuple(n for n, b in blocks.items() if g.match == "all" or g.match.covers(b))
             names = tuple(n for n in names if n not in owner)
             if not names or g.name in out:
@@ -293,8 +465,3 @@ def _groups(spec: SpaceSpec, m: Manifest) -> dict[str, tuple[str, ...]]:
             key = f"layers.{first}" if first == last else f"layers.{first}-{last}"
         grouped.setdefault(key, []).append(name)
     return {k: tuple(v) for k, v in grouped.items()}
-
-
-def describe(space: RuleSpace) -> dict[str, Any]:
-    """What `check` prints of a space."""
-    return {"method": space.spec.method, "groups": len(space.groups), "axes": len(space.axes)}

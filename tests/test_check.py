@@ -85,6 +85,25 @@ def test_licences_are_noted(
     assert check(load(quickstart.parent / "quickstart.yaml")).notes == ()
 
 
+def test_a_choice_of_methods_is_described(experiment_with: Callable[..., Any]) -> None:
+    """The methods are named, sketches counted where one of them trims, and what none searches stands as fixed."""
+    c = check(experiment_with(**{"search_space.method": ["dare_ties", "ties"]}))
+    dare = check(experiment_with(**{"search_space.method": "dare_ties"}))
+
+    assert "3 axes, dare_ties | ties over 1 groups" in text(c)
+    assert "searched: method of dare_ties, ties, weight in [-0.5, 1.5]; fixed: density 1" in text(c)
+    assert c.memory_bytes > dare.memory_bytes == check(experiment_with()).memory_bytes
+
+
+def test_layer_swapping_is_described(experiment_with: Callable[..., Any]) -> None:
+    """Sources that are given are fixed, numbers of layers have bounds."""
+    lines = text(check(experiment_with(search_space={"layer_swap": {"outer": "one", "embed": "base"}})))
+
+    assert "5 axes, layer_swap over 2 groups" in lines
+    assert "bottom in [0, 1]" in lines
+    assert "fixed: outer one, embed base" in lines
+
+
 def test_a_budget_too_small_for_its_stages(experiment_with: Callable[..., Any]) -> None:
     """Item evaluations that do not pay for one candidate are refused."""
     with pytest.raises(UserError, match="stage 1 gets no candidate"):

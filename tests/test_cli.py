@@ -394,10 +394,12 @@ def write_recipe(path: Path, tiny_model: Callable[..., Path], **fields: Any) -> 
          "recipes with 'route' are not built"),
         ({"tokenizer": {"policy": "union"}}, "policy 'union' is not built"),
         ({"merge": [{"method": "linear", "sources": {"x": {"weight": 0}}}]}, "all weights of linear are 0"),
-        ({"merge": [{"method": "slerp", "sources": {"x": {}}}]}, "unknown method 'slerp'"),
+        ({"merge": [{"method": "slurp", "sources": {"x": {}}}]}, "unknown method 'slurp'; did you mean 'slerp'"),
+        ({"merge": [{"match": {"layers": [1, 7]}, "method": "linear", "sources": {"x": {}}}]},
+         "r.yaml: merge rule 1: layers [1, 7] go past the last one: the model has 2 layers"),
         ({"sources": {"base": {}, "x": {}}}, "the recipe gives no folder"),
     ],
-    ids=["route", "tokenizer", "zero weights", "method", "no folder"],
+    ids=["route", "tokenizer", "zero weights", "method", "layers", "no folder"],
 )  # fmt: skip
 def test_recipes_that_cannot_be_built(
     fields: dict[str, Any], fragment: str, tiny_model: Any, tmp_path: Path, capsys: Capsys

@@ -21,7 +21,7 @@ def words(text: str) -> frozenset[str]:
 LEVELS = tuple(
     tuple(line.split())
     for line in """
-    errors canonical architectures merge.methods merge export report report.figures
+    errors canonical architectures merge.methods merge.masks merge export report report.figures
     yamlio schema library files manifest stock tasks.rows journal pareto report.html
     hub
     recipe pool licences tasks.base
@@ -33,7 +33,7 @@ LEVELS = tuple(
     search.cmaes search.random_search search.ga search.greedy_soup search.frank_wolfe search.nsga2 search.tpe search.gp
     search.nsga3
     workers.local workers.ray workers.child score.multiple_choice evaluate
-    search fitness
+    search layer_swap fitness
     config
     objective budget
     prepare
@@ -51,8 +51,8 @@ LEVELS = tuple(
 HEAVY = words("torch transformers safetensors cma ray optuna plotly scipy psutil huggingface_hub pyarrow lm_eval")
 IMPURE = words(
     """
-    pool stock merge.bank merge.live merge.pipeline merge.builder score.model score.multiple_choice evaluate standalone
-    check workers.child workers.ray export.hf export.verify report.results report.compare report.front report.page
+    pool stock merge.masks merge.bank merge.live merge.pipeline merge.builder score.model score.multiple_choice
+    evaluate standalone check workers.child workers.ray export.hf export.verify report.results report.compare report.front report.page
     inspect_pool licences export.card export.push report.pool_page
     """
 )

@@ -67,6 +67,26 @@ EQUAL: dict[str, tuple[list[Data], list[Data]]] = {
     "linear of the base": ([], [rule("linear", base=0.7)]),
     "linear of the base, weight 1": ([], [rule("linear", base=1, params={"normalize": False})]),
     "linear of the base and a weight 0": ([], [rule("linear", base=0.7, math=0)]),
+    "slerp at the base": ([], [rule("slerp", base=0.7, math=0)]),
+    "slerp at the expert": ([rule("slerp", math=1)], [rule("slerp", base=0, math=0.3)]),
+    "slerp of deltas at one expert": (
+        [rule("slerp", params={"vectors": "deltas"}, math=1)],
+        [rule("slerp", params={"vectors": "deltas"}, math=7, code=0)],
+    ),
+    "slerp and a third of weight 0": (
+        [rule("slerp", math=0.4, base=0.6)],
+        [rule("slerp", base=0.6, math=0.4, code=0)],
+    ),
+    "weight 0 in DARE": ([rule("dare_linear", math=0.5)], [rule("dare_linear", math=0.5, code=0)]),
+    "lambda 0 in DARE": ([], [rule("dare_ties", math={"density": 0.5}, params={"lambda": 0, "mask_seed": 3})]),
+    "seed without a mask": (
+        [rule("dare_ties", math=0.5)],
+        [rule("dare_ties", math=0.5, params={"mask_seed": 9, "rescale": "l1"})],
+    ),
+    "seed of a mask on a source of weight 0": (
+        [rule("dare_linear", math=0.5)],
+        [rule("dare_linear", math=0.5, code={"weight": 0, "density": 0.5}, params={"mask_seed": 9})],
+    ),
 }
 
 
@@ -142,8 +162,23 @@ OTHERS: dict[str, Data] = {
     "swapped sources": {"merge": [rule("ties", code={"weight": 0.5, "density": 0.5}, math=0.25)]},
     "one block less": {"merge": [rule(match={"block": "layers.1.norm"}), *PLAIN["merge"]]},
     "sum of the base": {"merge": [rule("linear", base=0.7, params={"normalize": False})]},
+    "mask seed": {
+        "merge": [rule("dare_ties", math={"weight": 0.5, "density": 0.5}, code=0.25, params={"mask_seed": 1})]
+    },
+    "mask": {"merge": [rule("dare_ties", math={"weight": 0.5, "density": 0.5}, code=0.25)]},
+    "rescaling": {"merge": [rule("dare_ties", math={"density": 0.5}, params={"rescale": "l1"})]},
+    "vectors": {"merge": [rule("slerp", math=0.5, code=0.25, params={"vectors": "deltas"})]},
+    "arc": {"merge": [rule("slerp", math=0.5, code=0.25)]},
+    "other end of the arc": {"merge": [rule("slerp", math=0.25, code=0.5)]},
     "sign": {"merge": [rule("ties", math={"weight": -0.5, "density": 0.5}, code=0.25)]},
 }
+
+
+def test_all_the_others_differ(m: Manifest) -> None:
+    """No two of them are the same model either."""
+    ids = [recipe(**data).canonical(m).id for data in OTHERS.values()]
+
+    assert len(set(ids)) == len(ids)
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -253,16 +288,22 @@ MATCHES = st.one_of(
 
 @st.composite
 def rules(draw: st.DrawFn) -> Data:
-    method = METHODS[draw(st.sampled_from(["task_arithmetic", "ties"]))]
-    values = {"weight": WEIGHTS, "density": st.floats(1e-6, 1), "lambda": WEIGHTS}
+    method = METHODS[draw(st.sampled_from(["task_arithmetic", "ties", "dare_linear", "dare_ties"]))]
+    values = {
+        "weight": WEIGHTS,
+        "density": st.floats(1e-6, 1),
+        "lambda": WEIGHTS,
+        "mask_seed": st.integers(0, 2**32 - 1),
+    }
     sources = draw(st.lists(st.sampled_from(["math", "code"]), unique=True, max_size=2))
 
     def some(names: tuple[str, ...]) -> Data:
         return {n: draw(values[n]) for n in names if draw(st.booleans())}
 
     params = some(method.per_block)
-    if method.options and draw(st.booleans()):
-        params["normalize"] = draw(st.booleans())
+    for option, (_, allowed) in method.options.items():
+        if draw(st.booleans()):
+            params[option] = draw(st.sampled_from(allowed))
     return {
         "match": draw(MATCHES),
         "method": method.name,
@@ -388,6 +429,12 @@ BAD: list[tuple[str, str]] = [
     ("merge: [{method: ties, params: {lambda: .nan}, sources: {}}]", "must hold, but got nan"),
     ("merge: [{method: ties, sources: {a: {density: 0}}}]", "`1e-06 <= density <= 1` must hold, but got 0.0"),
     ("merge: [{method: ties, sources: {a: {density: 1.5}}}]", "got 1.5"),
+    ("merge: [{method: dare_ties, params: {mask_seed: 1.0}, sources: {}}]", "expected a whole number, got 1.0"),
+    ("merge: [{method: dare_ties, params: {mask_seed: true}, sources: {}}]", "expected a whole number, got True"),
+    ("merge: [{method: dare_ties, params: {mask_seed: 4294967296}, sources: {}}]", "must hold, but got 4294967296"),
+    ("merge: [{method: dare_ties, params: {rescale: l2}, sources: {}}]", "['inverse_probability', 'l1'], got 'l2'"),
+    ("merge: [{method: slerp, params: {vectors: delta}, sources: {}}]", "['weights', 'deltas'], got 'delta'"),
+    ("merge: [{method: slerp, sources: {a: {weight: -0.5}}}]", "`0 <= weight <= 1e+06` must hold, but got -0.5"),
     ("merge: [{method: ties, sources: {a: {weight: .inf}}}]", "got inf"),
     (
         "merge: [{method: linear, sources: {}, match: {layers: [3, 1]}}]",
@@ -440,7 +487,13 @@ UNFIT: list[tuple[list[Data], Data, str]] = [
     ([rule(base=1)], {}, "task_arithmetic adds to the base; it cannot be a source too"),
     ([rule("linear", math=0, code=0)], {}, "all weights of linear are 0"),
     ([rule("linear", math=1, code=-1)], {}, "sum to 0 and cannot be normalised"),
-    ([rule(match={"layers": [4, 9]}, math=1)], {}, "merge rule 1 matches no block of this model"),
+    ([rule("slerp", math=0, code=0)], {}, "all weights of slerp are 0"),
+    ([rule("slerp", math=1, code=1, base=1)], {}, "slerp is between two models, but base, code, math have weights"),
+    ([rule("slerp", math=1, base=1, params={"vectors": "deltas"})], {}, "slerp adds to the base"),
+    ([rule("dare_ties", math=1, base=1)], {}, "dare_ties adds to the base"),
+    ([rule(match={"layers": [4, 9]}, math=1)], {}, "merge rule 1: layers [4, 9] go past the last one"),
+    ([rule(match={"layers": [0, 4]}, math=1)], {}, "the model has 4 layers, 0 to 3"),
+    ([rule(match={"module": "head"}), rule(match={"block": "lm_head"}, math=1)], {}, "merge rule 2 matches no block"),
     ([rule(match={"block": "layers.0.mpl"}, math=1)], {}, "matches no block"),
     ([], {"base": "other"}, "the recipe's base is 'other', the pool's is 'base'"),
     ([], {"sources": {"base": {}, "maths": {}}}, "needs a source 'maths'; did you mean 'math'?"),
@@ -458,6 +511,12 @@ def test_recipes_that_do_not_fit_the_pool(merge: list[Data], other: Data, words:
 
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_the_file_is_named(m: Manifest) -> None:
+    """Where a recipe came from a file, what does not fit the pool begins with the file's name."""
+    with pytest.raises(UserError, match=r"^here\.yaml: merge rule 1 matches no block"):
+        recipe([rule(match={"block": "x"}, math=1)]).canonical(m, "here.yaml")
 
 
 def test_unreadable_files_get_one_line(tmp_path: Path) -> None:

@@ -14,10 +14,11 @@ from evomerge.config import StagedSpec, resolve_space
 from evomerge.errors import UserError
 from evomerge.library import entries
 from evomerge.manifest import Manifest
+from evomerge.prepare import bind_space
 from evomerge.proposal import frozen_genome
 from evomerge.recipe import Recipe
 from evomerge.schema import validated
-from evomerge.space import Axis, RuleSpace, SpaceSpec, describe
+from evomerge.space import Axis, RuleSpace, SpaceSpec
 
 Data = dict[str, Any]
 WEIGHT: Data = {"low": -0.5, "high": 1.5, "default": "uniform"}
@@ -167,7 +168,9 @@ def test_groups_of_blocks(name: str, m: Manifest) -> None:
 
     assert {k: tuple(v) for k, v in space.groups.items()} == expected
     assert len(space.axes) == 2 * len(expected)
-    assert describe(space) == {"method": "task_arithmetic", "groups": len(expected), "axes": 2 * len(expected)}
+    described = space.describe()
+    assert (described["method"], described["groups"]) == ("task_arithmetic", len(expected))
+    assert described["names"] == [a.name for a in space.axes]
 
 
 @pytest.mark.parametrize(("layers", "buckets"), [(n, b) for n in (1, 2, 7, 30) for b in (1, 2, 3, 5, 8)])
@@ -195,7 +198,7 @@ def test_tied_models_have_no_head(manifest_of: Any) -> None:
     "groups",
     [
         [{"name": "a", "match": "all"}, {"name": "b", "match": {"module": "mlp"}}],
-        [{"name": "a", "match": {"layers": [7, 9]}}],
+        [{"name": "a", "match": {"block": "layers.7.mlp"}}],
         [{"name": "a", "match": {"module": "mlp"}}, {"name": "a", "match": {"module": "norm"}}],
     ],
 )
@@ -224,6 +227,20 @@ BAD: list[tuple[Data, str]] = [
     ({"axes": {"weight": {"low": "x", "high": 1}}}, "axes.weight.low"),
     ({"method": "ties", "axes": {"density": {"low": 0, "high": 1}}}, "density: bounds must lie within [1e-06, 1]"),
     ({"method": "tise"}, "unknown method 'tise'; did you mean 'ties'?"),
+    ({"method": []}, "expected one or several different methods"),
+    ({"method": ["ties", "ties"]}, "expected one or several different methods, got ['ties', 'ties']"),
+    ({"method": ["ties", "linaer"]}, "unknown method 'linaer'; did you mean 'linear'?"),
+    ({"method": ["ties", "linear"], "axes": {"densty": WEIGHT}}, "ties or linear has no coefficient 'densty'"),
+    ({"method": ["ties", "linear"], "params": {"lambda": "x"}}, "lambda"),
+    ({"method": "slerp"}, "weight: bounds must lie within [0, 1e+06], got [-0.5, 1.5]"),
+    ({"method": "dare_ties", "axes": {"mask_seed": {"low": 0.5, "high": 3}}}, "mask_seed: expected whole numbers"),
+    ({"method": "dare_ties", "params": {"mask_seed": 1.5}}, "mask_seed: expected a whole number, got 1.5"),
+    ({"method": "dare_ties", "params": {"mask_seed": -1}}, "must hold, but got -1"),
+    ({"layer_swap": {}, "axes": {}, "method": "ties"}, "layer_swap goes without method"),
+    ({"layer_swap": {}}, "layer_swap has no axis 'weight'"),
+    ({"layer_swap": {"outre": "a"}, "axes": {}}, "did you mean 'outer'?"),
+    ({"layer_swap": {}, "axes": {"top": {"low": 0, "high": 1.5}}}, "top: expected whole numbers"),
+    ({"layer_swap": {}, "axes": {"top": {"low": -1, "high": 1}}}, "top: a number of layers is at least 0, got -1"),
     ({"params": {"lamda": 1}}, "no parameter 'lamda'; did you mean 'lambda'?"),
     ({"params": {"weight": 1}}, "weight is both an axis and fixed in params"),
     ({"params": {"lambda": "big"}}, "lambda"),
@@ -272,6 +289,31 @@ SPACES: dict[str, Data] = {
     },
     "lambda alone": {"axes": {"lambda": {"low": -1, "high": 1}}, "params": {"weight": 0.3}},
     "bounds between the decimals": {"axes": {"weight": {"low": 0.1234567, "high": 0.7654321}}},
+    "dare": {"method": "dare_linear", "axes": {"weight": WEIGHT, "density": {"low": 0.05, "high": 1.0}}},
+    "mask seeds": {
+        "method": "dare_ties",
+        "axes": {"weight": WEIGHT, "mask_seed": {"low": 2, "high": 5}},
+        "params": {"density": 0.5, "rescale": "l1"},
+    },
+    "slerp": {"method": "slerp", "groups": "layers", "axes": {"weight": {"low": 0, "high": 0.8}}},
+    "slerp of deltas": {"method": "slerp", "axes": {"weight": {"low": 0, "high": 2}}, "params": {"vectors": "deltas"}},
+    "slerp with the base": {
+        "method": "slerp",
+        "groups": "layers",
+        "axes": {"weight": {"low": 0, "high": 1}},
+        "experts": ["math"],
+    },
+    "one expert": {"groups": "layers", "experts": ["math"]},
+    "any method": {
+        "method": ["task_arithmetic", "ties", "dare_ties", "linear", "slerp"],
+        "groups": {"buckets": 2},
+        "axes": {
+            "weight": {"low": 0, "high": 1.5},
+            "density": {"low": 0.05, "high": 1.0},
+            "lambda": {"low": 0.0, "high": 2.0},
+        },
+        "params": {"mask_seed": 4},
+    },
     "thirds": {"axes": {"weight": {"low": 1 / 3, "high": 2 / 3}}},
     "log": {"axes": {"weight": {"low": 1e-5, "high": 100.0, "log": True}}},
 }
@@ -393,6 +435,99 @@ def test_coarse_recipes_are_points_of_finer_spaces(fine: Any, m: Manifest) -> No
         assert finer.decode(finer.encode(r, m), m).id == r.id
 
 
+# -- several methods ------------------------------------------------------------
+
+ANY = SPACES["any method"]
+
+
+def test_the_method_is_an_axis(m: Manifest) -> None:
+    """One categorical axis for the run; what not all methods have is conditional on those that do."""
+    space = space_of(m, **ANY)
+    when = {a.name.rpartition(".")[2]: a.when for a in space.axes}
+
+    assert space.axes[0] == Axis("method", "categorical", choices=tuple(ANY["method"]), default="task_arithmetic")
+    assert when == {
+        "method": None,
+        "weight": None,
+        "density": ("method", frozenset({"ties", "dare_ties"})),
+        "lambda": ("method", frozenset({"task_arithmetic", "ties", "dare_ties"})),
+    }
+    assert space.describe()["bounds"]["method"] == ANY["method"]
+
+
+def test_inert_genes_leave_the_recipe(m: Manifest) -> None:
+    """A gene whose condition does not hold changes nothing; where it holds, it does."""
+    space = space_of(m, **ANY)
+    rng = np.random.default_rng(2)
+    for axis, method in itertools.product(space.axes[1:], ANY["method"]):
+        values = 0.1 + 0.8 * rng.random(len(space.axes))
+        values[0] = space.axes[0].unit(method)
+        other = values.copy()
+        at = space.axes.index(axis)
+        other[at] = 1.0 - 0.5 * values[at]
+        one, two = (space.decode(frozen_genome(v), m).id for v in (values, other))
+
+        assert (one != two) == (axis.when is None or method in axis.when[1]), (axis.name, method)
+
+
+def test_every_method_of_a_choice_is_probed(m: Manifest) -> None:
+    """The first looks of a search see each method once, at the defaults."""
+    space = space_of(m, **ANY)
+    methods = [{r.method for r in space.decode(g, m).blocks.values()} for g in space.probes()]
+
+    assert methods[: len(ANY["method"])] == [{n} for n in ANY["method"]]
+
+
+def test_new_keys_leave_old_identities_alone() -> None:
+    """Keys that are not given are not in what experiment ids are made of."""
+    assert set(spec().model_dump(mode="json")) == {"description", "method", "groups", "axes", "params"}
+    assert spec(experts=["a"]).model_dump(mode="json")["experts"] == ["a"]
+
+
+POOL: list[tuple[Data, tuple[str, ...], str]] = [
+    ({"method": "slerp", "axes": {"weight": {"low": 0, "high": 1}}}, ("a", "b", "c"), "slerp is between two models"),
+    (
+        {"method": "slerp", "axes": {"weight": {"low": 0, "high": 1}}, "params": {"vectors": "deltas"}},
+        ("a",),
+        "here two experts; this space has a",
+    ),
+    ({"experts": ["mahts"]}, ("maths", "code"), "unknown expert 'mahts'; did you mean 'maths'?"),
+    ({"experts": []}, ("maths",), "expected at least one"),
+    ({"groups": [{"name": "g", "match": {"layers": [0, 4]}}]}, ("a",), "group 'g': layers [0, 4] go past the last one"),
+]
+
+
+@pytest.mark.parametrize(("data", "experts", "words"), POOL)
+def test_spaces_that_do_not_fit_the_pool(data: Data, experts: tuple[str, ...], words: str, manifest_of: Any) -> None:
+    """What only the pool tells is refused when the space is bound to it, in one line."""
+    with pytest.raises(UserError) as caught:
+        space_of(manifest_of(layers=4, experts=experts), **data)
+
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_only_the_named_experts_are_merged(m: Manifest) -> None:
+    """`experts` leaves the others out; uniform is a share of those that are left."""
+    space = space_of(m, experts=["math"])
+    r = space.decode(space.default, m)
+
+    assert [a.name for a in space.axes] == ["math.all.weight"]
+    assert next(iter(r.blocks.values())).sources == {"math": {"weight": 1.0}}
+
+
+def test_slerp_weight_of_the_only_expert_is_t(m: Manifest) -> None:
+    """Between the base and one expert the weights are 1 - t and t; the ends are the models."""
+    space = space_of(m, **{**SPACES["slerp with the base"], "groups": "all"})
+    middle, zero, one = (space.decode(frozen_genome([t]), m).blocks.get("embed") for t in (0.3, 0.0, 1.0))
+
+    assert middle is not None
+    assert middle.sources == {"base": {"weight": 0.7}, "math": {"weight": 0.3}}
+    assert zero is None
+    assert one is not None
+    assert one.sources == {"math": {"weight": 1.0}}
+
+
 # -- the library ------------------------------------------------------------
 
 
@@ -406,6 +541,10 @@ def test_the_library_has_its_entries() -> None:
         "ties-per-layer",
         "coarse-to-fine",
         "linear",
+        "slerp",
+        "dare-ties",
+        "any-method",
+        "layer-swap",
     }
 
 
@@ -415,15 +554,20 @@ def test_library_spaces_decode_at_their_default(
     name: str, experts: tuple[str, ...], tmp_path: Any, manifest_of: Any
 ) -> None:
     """Every entry has a description, loads, binds to a pool, and its default point is a recipe of all experts."""
-    m = manifest_of(layers=3, experts=experts)
     loaded = resolve_space(name, tmp_path)
     assert loaded.description
+    if name in ("slerp", "layer-swap"):  # of two models
+        experts = experts[:2]
+    m = manifest_of(layers=3, experts=experts)
 
     stages = loaded.stages if isinstance(loaded, StagedSpec) else ()
     for one in [s.space for s in stages] or [loaded]:
         assert isinstance(one, SpaceSpec)
-        space = RuleSpace(one, m, "float32")
+        space = bind_space(one, m, "float32")
         r = space.decode(space.default, m)
+        if name == "layer-swap":
+            assert set(r.sources) >= set(experts)
+            continue
         assert set(r.blocks) == set(m.blocks)
         assert set(r.sources) == {"base", *experts}
         assert space.decode(space.encode(r, m), m).id == r.id

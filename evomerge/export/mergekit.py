@@ -16,8 +16,8 @@ from evomerge.manifest import Block, Manifest
 from evomerge.merge.methods import METHODS
 from evomerge.recipe import Recipe, Rule
 
-NAMES = {"linear": "linear", "task_arithmetic": "task_arithmetic", "ties": "ties"}
-"""Our method -> mergekit's."""
+NAMES = {m: m for m in ("linear", "task_arithmetic", "ties", "dare_linear", "dare_ties")}
+"""Our method -> mergekit's. SLERP has a form of its own."""
 
 
 class MergekitError(UserError):
@@ -31,6 +31,8 @@ def to_mergekit(recipe: Recipe, manifest: Manifest, paths: Mapping[str, Path]) -
     if len(methods) > 1:
         raise MergekitError(f"mergekit has one merge method a file, the recipe has {' and '.join(methods)}")
     name = methods[0] if methods else "task_arithmetic"
+    if METHODS[name].combine == "spherical":
+        return {**_spherical(recipe, manifest, paths), **_dtypes(recipe)}
     if name not in NAMES:
         raise MergekitError(f"mergekit has no exact equivalent of {name!r}")
     method = METHODS[name]
@@ -38,11 +40,13 @@ def to_mergekit(recipe: Recipe, manifest: Manifest, paths: Mapping[str, Path]) -
     # A base-only recipe still needs an input: any expert at weight 0.
     experts = experts or [s for s in manifest.hashes if s != manifest.base][:1]
     options = _common_options(rules, name)
-    top_k = [(b, s) for b, r in rules.items() for s, c in r.sources.items() if c.get("density", 1.0) < 1.0]
-    if top_k and recipe.dtype != "float32":
+    sparse = any(c.get("density", 1.0) < 1.0 for r in rules.values() for c in r.sources.values())
+    if sparse and method.sparsify == "bernoulli":
+        raise MergekitError("mergekit draws random masks of its own, so it would build another model; use density 1")
+    if sparse and recipe.dtype != "float32":
         # Equal magnitudes at the cut: we keep all, mergekit an arbitrary choice; rounded weights have many.
         raise MergekitError("mergekit breaks ties of trimmed half-precision weights arbitrarily; use dtype float32")
-    if top_k and any(len(t.shape) > 2 for t in manifest.tensors):
+    if sparse and any(len(t.shape) > 2 for t in manifest.tensors):
         # A cut is made per tensor: ours over all experts of a layer as the live model holds them.
         raise MergekitError("mergekit trims each expert of a mixture by itself, not the experts of a layer together")
     models: list[dict[str, Any]] = []
@@ -64,20 +68,68 @@ def to_mergekit(recipe: Recipe, manifest: Manifest, paths: Mapping[str, Path]) -
         parameters["lambda"] = _filtered(
             manifest, lambda b: float(rules[b.name].params["lambda"]) if b.name in rules else 1.0
         )
-    if name == "task_arithmetic":
+    if name in ("task_arithmetic", "dare_linear"):
         parameters["normalize"] = False
     config["parameters"] = parameters
+    return {**config, **_dtypes(recipe)}
+
+
+def _dtypes(recipe: Recipe) -> dict[str, str]:
     # Computing in fp32 and rounding once is what we do; mergekit's `dtype` alone computes in that dtype.
-    config["dtype"] = "float32"
-    if recipe.dtype != "float32":
-        config["out_dtype"] = recipe.dtype
-    return config
+    return {"dtype": "float32"} | ({} if recipe.dtype == "float32" else {"out_dtype": recipe.dtype})
+
+
+def _spherical(recipe: Recipe, manifest: Manifest, paths: Mapping[str, Path]) -> dict[str, Any]:
+    """slerp between two models, one of which mergekit calls the base; nuslerp between two experts' deltas."""
+    rules = recipe.blocks
+    vectors = {str(r.params["vectors"]) for r in rules.values()}
+    if len(vectors) > 1:
+        raise MergekitError("mergekit takes slerp of weights or of deltas in a file; the recipe's blocks differ in it")
+    bare = [b for b in manifest.blocks if b not in rules]
+    used = {s for r in rules.values() for s in r.sources} | ({manifest.base} if bare else set())
+    deltas = vectors == {"deltas"}
+    if deltas and bare:
+        raise MergekitError(f"mergekit's nuslerp cannot leave a block, here {bare[0]}, as the base has it")
+    # One model alone still needs a partner, at t = 0.
+    ends = sorted(used, key=lambda s: (s != manifest.base, s))
+    if len(ends) == 1:
+        ends += [s for s in manifest.hashes if s not in ends and not (deltas and s == manifest.base)][:1]
+    if len(ends) != 2:
+        raise MergekitError(f"mergekit's slerp is between two models, the recipe has {', '.join(ends)}")
+    first, second = ends
+
+    def weight(block: Block, source: str) -> float:
+        rule = rules.get(block.name)
+        if rule is None:
+            return 1.0 if source == manifest.base else 0.0
+        return float(rule.sources[source]["weight"]) if source in rule.sources else 0.0
+
+    if deltas:
+        models = [
+            {"model": str(paths[s]), "parameters": {"weight": _filtered(manifest, lambda b, s=s: weight(b, s))}}
+            for s in ends
+        ]
+        return {
+            "merge_method": "nuslerp",
+            "base_model": str(paths[manifest.base]),
+            "models": models,
+            "parameters": {"nuslerp_flatten": True, "nuslerp_row_wise": False},
+        }
+    t = _filtered(manifest, lambda b: weight(b, second) / (weight(b, first) + weight(b, second)))
+    return {
+        "merge_method": "slerp",
+        "base_model": str(paths[first]),
+        "models": [{"model": str(paths[second])}],
+        "parameters": {"t": t},
+    }
 
 
 def _common_options(rules: Mapping[str, Rule], name: str) -> dict[str, Any]:
     method = METHODS[name]
     out: dict[str, Any] = {}
     for option, (default, _) in method.options.items():
+        if option == "rescale":  # of masks, which only recipes that are refused have
+            continue
         values = {r.params[option] for r in rules.values()} or {default}
         if len(values) > 1:
             raise MergekitError(f"mergekit has one {option!r} a file, the recipe's blocks differ in it")

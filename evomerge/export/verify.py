@@ -47,7 +47,7 @@ def verify(path: Path, allow: Allowed = NOTHING) -> Verification:
     record = read_record(path)
     recipe = Recipe.load(path / RECIPE)
     pool, manifest = open_recipe_pool(recipe, {n: Path(s["path"]) for n, s in record["sources"].items()})
-    canonical = recipe.canonical(manifest)
+    canonical = recipe.canonical(manifest, str(path / RECIPE))
     problems = []
     if canonical.id != record["recipe_id"]:
         problems.append(f"{RECIPE} has id {canonical.id[:12]}, the record {str(record['recipe_id'])[:12]}")

@@ -27,7 +27,7 @@ class Builder:
         self.dtype = dtype
         device = next(iter(bank.flat.values())).device
         self.buffer = torch.zeros(bank.manifest.elements, dtype=TORCH_DTYPES[dtype], device=device)
-        self._sketches = Sketches()
+        self._sketches = Sketches(bank.manifest.hashes)
         self._built: dict[str, str] = {}
 
     def views(self) -> Mapping[str, Tensor]:

@@ -1,7 +1,7 @@
 """The one table of merge methods. Most published methods are a row over the same primitives.
 
 The order of the primitives is fixed (`pipeline.py` executes it):
-delta -> sparsify -> weight -> consensus -> combine -> scale -> add base -> cast once.
+delta -> sparsify -> rescale -> weight -> consensus -> combine -> scale -> add base -> cast once.
 A new pointwise method is one row here; this module holds data only, so that spaces and recipes need no torch.
 """
 
@@ -17,12 +17,16 @@ Scalar = bool | int | float | str
 
 @dataclass(frozen=True)
 class Coefficient:
-    """One searchable number of a method: per source (`weight`) or shared by a block (`lambda`)."""
+    """One searchable number of a method: per source (`weight`) or shared by a block (`lambda`).
+
+    Integers (`mask_seed`) may be searched as well, but are usually left at their default.
+    """
 
     default: float
     low: float
     high: float
     per: Literal["source", "block"] = "source"
+    integer: bool = False
 
 
 @dataclass(frozen=True)
@@ -31,15 +35,16 @@ class Method:
 
     `coefficients` are what a search may vary, with the range within which a value has a meaning;
     `options` are switches, name -> (default, allowed values). `source` cites paper and reference code.
+    `delta` says what is combined: differences from the base, the weights themselves, or either (option `vectors`).
     """
 
     name: str
     source: str
     status: Literal["verified", "derived", "experimental"]
-    delta: Literal["base", "none"]
-    sparsify: Literal["none", "top_k"] = "none"
+    delta: Literal["base", "none", "either"]
+    sparsify: Literal["none", "top_k", "bernoulli"] = "none"
     consensus: Literal["none", "sign_mass"] = "none"
-    combine: Literal["sum", "weighted_mean", "masked_mean"] = "sum"
+    combine: Literal["sum", "weighted_mean", "masked_mean", "spherical"] = "sum"
     coefficients: Mapping[str, Coefficient] = field(default_factory=dict)
     options: Mapping[str, tuple[Scalar, tuple[Scalar, ...]]] = field(default_factory=dict)
 
@@ -53,12 +58,21 @@ class Method:
         """Names of the coefficients that a block has one of."""
         return tuple(n for n, c in self.coefficients.items() if c.per == "block")
 
+    def adds_to_base(self, options: Mapping[str, Scalar]) -> bool:
+        """True where differences from the base are combined and added to it."""
+        if self.delta == "either":
+            return options.get("vectors", self.options["vectors"][0]) == "deltas"
+        return self.delta == "base"
+
 
 _ANY = 1e6
 WEIGHT = Coefficient(default=1.0, low=-_ANY, high=_ANY)
 LAMBDA = Coefficient(default=1.0, low=-_ANY, high=_ANY, per="block")
 DENSITY = Coefficient(default=1.0, low=1e-6, high=1.0)
+SHARE = Coefficient(default=1.0, low=0.0, high=_ANY)
+MASK_SEED = Coefficient(default=0, low=0, high=2**32 - 1, per="block", integer=True)
 ON_OFF: tuple[Scalar, ...] = (True, False)
+RESCALE: tuple[Scalar, tuple[Scalar, ...]] = ("inverse_probability", ("inverse_probability", "l1"))
 
 METHODS: Mapping[str, Method] = {
     m.name: m
@@ -91,6 +105,39 @@ METHODS: Mapping[str, Method] = {
             combine="masked_mean",
             coefficients={"weight": WEIGHT, "density": DENSITY, "lambda": LAMBDA},
             options={"normalize": (True, ON_OFF)},
+        ),
+        Method(
+            "dare_linear",
+            "DARE, arXiv 2311.03099; theta_0 + lambda sum w_i m_i tau_i / p_i with m_i ~ Bernoulli(p_i), p the density "
+            "(rescale l1: mergekit's ||tau||_1 / ||m tau||_1 per tensor in place of 1 / p)",
+            "verified",
+            delta="base",
+            sparsify="bernoulli",
+            combine="sum",
+            coefficients={"weight": WEIGHT, "density": DENSITY, "lambda": LAMBDA, "mask_seed": MASK_SEED},
+            options={"rescale": RESCALE},
+        ),
+        Method(
+            "dare_ties",
+            "DARE, arXiv 2311.03099, in place of trimming in TIES, arXiv 2306.01708; as in mergekit a sum unless "
+            "normalized",
+            "verified",
+            delta="base",
+            sparsify="bernoulli",
+            consensus="sign_mass",
+            combine="masked_mean",
+            coefficients={"weight": WEIGHT, "density": DENSITY, "lambda": LAMBDA, "mask_seed": MASK_SEED},
+            options={"normalize": (False, ON_OFF), "rescale": RESCALE},
+        ),
+        Method(
+            "slerp",
+            "Shoemake 1985, doi 10.1145/325165.325242; along the arc between two models, each tensor flattened, at "
+            "t = w_2 / (w_1 + w_2); mergekit's slerp (vectors: weights) and nuslerp with a base (vectors: deltas)",
+            "verified",
+            delta="either",
+            combine="spherical",
+            coefficients={"weight": SHARE},
+            options={"vectors": ("weights", ("weights", "deltas"))},
         ),
     )
 }

@@ -1,16 +1,16 @@
 """The delta pipeline: executes any row of `methods.py` over one block, in fp32, with one rounding at the end.
 
-    delta -> sparsify -> weight -> consensus -> combine -> scale -> add base -> cast once
+    delta -> sparsify -> rescale -> weight -> consensus -> combine -> scale -> add base -> cast once
 
 The block is walked in chunks that stay in the cache, so a build reads each source once and writes once.
-A chunk never crosses a tensor, because trimming is per tensor. Sources go in name order: what is built does
+A chunk never crosses a tensor where a method knows tensors. Sources go in name order: what is built does
 not depend on the order in which a recipe names them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -20,22 +20,28 @@ from torch import Tensor
 
 from evomerge.errors import RunError
 from evomerge.merge.bank import BlockView
+from evomerge.merge.masks import keep, multiplier, scatter
 from evomerge.merge.methods import METHODS, Method
 from evomerge.recipe import Rule
 
-CHUNK_CPU = 1 << 16
-"""Elements: 256 KiB of fp32 per temporary, so that the few temporaries of a chunk stay in the L2 cache."""
+CHUNK_CPU = 1 << 15
+"""Elements: 128 KiB of fp32 per temporary, so that the few temporaries of a chunk stay in the L2 cache."""
 CHUNK_GPU = 1 << 24
+CHUNK_STATISTICS = 1 << 20
+"""For sums over a tensor in fp64. Apart from the others, so that no statistic depends on how a build is chunked."""
 
 
 @dataclass
 class Sketches:
-    """Sorted magnitudes |tau|, descending, per (source, tensor): any density becomes one look-up.
+    """What is known of a pool's tensors: prepared once, at a tensor's first use, and small but for `sorted`.
 
-    Prepared once per pool, at a tensor's first use, on the CPU in fp32: 4 bytes per weight and expert.
+    `hashes` are the sources' content hashes, from which random masks are drawn; without one, the name is used.
     """
 
+    hashes: Mapping[str, str] = field(default_factory=dict)
     sorted: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    """Magnitudes |tau| per (source, tensor), descending: any density is one look-up. On the CPU, 4 bytes a weight."""
+    cosines: dict[tuple[str, str, bool, str], float] = field(default_factory=dict)
 
     def threshold(self, source: str, tensor: str, size: int, density: float, delta: Callable[[], Tensor]) -> float:
         """The k-th largest |tau|, k = max(1, int(density size)). 0 keeps everything; NaN says tau is not finite.
@@ -53,9 +59,57 @@ class Sketches:
         # NaN and infinities sort first; trimming could hide them.
         return float(table[k - 1]) if bool(table[0].isfinite()) else math.nan
 
+    def cosine(self, a: str, b: str, tensor: str, x: Tensor, y: Tensor, base: Tensor | None) -> float:
+        """Cosine of two flat tensors, or of their differences from `base`, in fp64; NaN where one is not finite.
+
+        A vector of length below 1e-8 has no direction and counts as orthogonal, as in mergekit.
+        """
+        key = (a, b, base is not None, tensor)
+        if key not in self.cosines:
+            gram = torch.zeros(3, dtype=torch.float64, device=x.device)
+            for at in range(0, len(x), CHUNK_STATISTICS):
+                part = slice(at, at + CHUNK_STATISTICS)
+                u, v = (_tau(s[part], None if base is None else base[part]).double() for s in (x, y))
+                gram += torch.stack([u @ u, v @ v, u @ v])
+            uu, vv, uv = gram.tolist()
+            if not math.isfinite(uu + vv):
+                self.cosines[key] = math.nan
+            elif min(uu, vv) <= 1e-16:
+                self.cosines[key] = 0.0
+            else:
+                self.cosines[key] = max(-1.0, min(1.0, uv / math.sqrt(uu) / math.sqrt(vv)))
+        return self.cosines[key]
+
 
 class BuildError(RunError):
     """The recipe does not build a usable model; the text is the reason."""
+
+
+@dataclass(frozen=True)
+class _Term:
+    """One source within a tensor: what is kept of its tau, and by what that is multiplied.
+
+    `factor` is the weight with its rescaling; `multiplier` draws the mask, None where nothing is masked.
+    """
+
+    vector: Tensor
+    weight: float
+    factor: float
+    threshold: float = 0.0
+    density: float = 1.0
+    multiplier: int | None = None
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """One stretch of a block. `room` is fp32 scratch of shape (n_sources + 4, chunk), `bits` int32, (2, chunk)."""
+
+    start: int
+    stop: int
+    base: Tensor | None
+    room: Tensor
+    bits: Tensor
+    normalize: bool = False
 
 
 def apply(out: Tensor, view: BlockView, rule: Rule, sketches: Sketches) -> Tensor:
@@ -65,33 +119,34 @@ def apply(out: Tensor, view: BlockView, rule: Rule, sketches: Sketches) -> Tenso
     GPU need not wait).
     """
     method = METHODS[rule.method]
-    names = sorted(rule.sources)
-    weights = [rule.sources[n]["weight"] for n in names]
-    if method.combine == "weighted_mean" and rule.params["normalize"]:
-        total = sum(weights)
-        weights = [w / total for w in weights]
+    add = method.adds_to_base(rule.params)
     lam = float(rule.params.get("lambda", 1.0))
-    # Only trimming knows tensors; else the block is one run, alignment gaps (zeros) included.
-    spans = view.spans() if method.sparsify == "top_k" else [("", 0, len(out))]
+    seed = int(rule.params.get("mask_seed", 0))
+    normalize = bool(rule.params.get("normalize", False))
+    # Only some primitives know tensors; else the block is one run, alignment gaps (zeros) included.
+    per_tensor = method.sparsify != "none" or method.combine == "spherical"
+    spans = view.spans() if per_tensor else [("", 0, len(out))]
     chunk = min(CHUNK_GPU if out.is_cuda else CHUNK_CPU, max(stop - start for _, start, stop in spans))
-    scratch = torch.empty(len(names) + 4, chunk, dtype=torch.float32, device=out.device)
+    scratch = torch.empty(len(rule.sources) + 4, chunk, dtype=torch.float32, device=out.device)
+    integers = torch.empty(2, chunk if method.sparsify == "bernoulli" else 0, dtype=torch.int32, device=out.device)
     health = torch.zeros((), dtype=torch.float32, device=out.device)
     for tensor, start, stop in spans:
-        thresholds = _thresholds(method, rule, names, tensor, view, start, stop, sketches)
-        if any(math.isnan(t) for t in thresholds):
+        terms = _terms(method, rule, tensor, view, start, stop, sketches)
+        if any(math.isnan(t.threshold) or math.isnan(t.factor) for t in terms):
             return health.fill_(math.nan)
         for a in range(start, stop, chunk):
             b = min(a + chunk, stop)
-            base = view.base[a:b].float() if method.delta == "base" else None
-            sources = [view.sources[n][a:b] for n in names]
+            base = view.base[a:b].float() if add else None
             written = out[a:b]
-            room = scratch[:, : b - a]
+            here = _Chunk(a - start, b - start, base, scratch[:, : b - a], integers[:, : b - a], normalize)
+            if any(t.multiplier is not None for t in terms):
+                scatter(here.bits[0], here.bits[1], seed, tensor, here.start)
             # In fp32 the accumulator is the target itself; else it is rounded once at the end.
-            merged = written if out.dtype == torch.float32 else room[-1]
+            merged = written if out.dtype == torch.float32 else here.room[-1]
             if method.consensus == "none":
-                _sum(merged, room, sources, base, weights, thresholds)
+                _sum(merged, here, terms)
             else:
-                _elected(merged, room, sources, base, weights, thresholds, normalize=bool(rule.params["normalize"]))
+                _elected(merged, here, terms)
             if lam != 1.0:
                 merged.mul_(lam)
             if base is not None:
@@ -104,94 +159,152 @@ def apply(out: Tensor, view: BlockView, rule: Rule, sketches: Sketches) -> Tenso
     return health
 
 
-def _thresholds(
-    method: Method,
-    rule: Rule,
+# -- per tensor: what each source contributes -----------------------------------------------------------------
+
+
+def _terms(
+    method: Method, rule: Rule, tensor: str, view: BlockView, start: int, stop: int, sketches: Sketches
+) -> list[_Term]:
+    """One term a source, in name order. A NaN among them says that a source is not finite."""
+    names = sorted(rule.sources)
+    weights = [rule.sources[n]["weight"] for n in names]
+    vectors = [view.sources[n][start:stop] for n in names]
+    base = view.base[start:stop]
+    if method.combine == "weighted_mean" and rule.params["normalize"]:
+        total = sum(weights)
+        weights = [w / total for w in weights]
+    if method.combine == "spherical":
+        weights = _arc(names, weights, tensor, vectors, base if method.adds_to_base(rule.params) else None, sketches)
+    terms = [_Term(v, w, w) for v, w in zip(vectors, weights, strict=True)]
+    if method.sparsify == "none":
+        return terms
+    densities = [rule.sources[n]["density"] for n in names]
+    triples = list(zip(names, terms, densities, strict=True))
+    if method.sparsify == "top_k":
+        return [
+            _Term(
+                t.vector,
+                t.weight,
+                t.weight,
+                threshold=sketches.threshold(n, tensor, stop - start, d, partial(_tau, t.vector, base)),
+            )
+            for n, t, d in triples
+        ]
+    seed = int(rule.params["mask_seed"])
+    return [
+        t if d == 1.0 else _masked(t, seed, sketches.hashes.get(n, n), tensor, base, d, str(rule.params["rescale"]))
+        for n, t, d in triples
+    ]
+
+
+def _masked(t: _Term, seed: int, source: str, tensor: str, base: Tensor, density: float, rescale: str) -> _Term:
+    """The term under its random mask, rescaled so that its mean over masks, or its L1 norm, stays the same."""
+    key = multiplier(seed, source, tensor)
+    if rescale == "inverse_probability":
+        return _Term(t.vector, t.weight, t.weight / density, density=density, multiplier=key)
+    sums = torch.zeros(2, dtype=torch.float64, device=base.device)
+    for at in range(0, len(base), CHUNK_STATISTICS):
+        part = slice(at, at + CHUNK_STATISTICS)
+        magnitude = _tau(t.vector[part], base[part]).abs_()
+        bits = torch.empty(2, len(magnitude), dtype=torch.int32, device=base.device)
+        scattered = scatter(bits[0], bits[1], seed, tensor, at)
+        kept = keep(torch.empty_like(magnitude), bits[1], scattered, key, density)
+        sums += torch.stack([magnitude.sum(dtype=torch.float64), kept.mul_(magnitude).sum(dtype=torch.float64)])
+    before, after = sums.tolist()
+    # mergekit leaves tensors alone whose norm is below 1e-7, before or after.
+    ratio = 1.0 if min(before, after) < 1e-7 else before / after
+    return _Term(t.vector, t.weight, t.weight * ratio, density=density, multiplier=key)
+
+
+def _arc(
     names: list[str],
+    weights: list[float],
     tensor: str,
-    view: BlockView,
-    start: int,
-    stop: int,
+    vectors: list[Tensor],
+    base: Tensor | None,
     sketches: Sketches,
 ) -> list[float]:
-    """Per source, the smallest |tau| that is kept; 0 keeps everything."""
-    if method.sparsify == "none":
-        return [0.0] * len(names)
-    out = []
-    for n in names:
-        source, base = view.sources[n][start:stop], view.base[start:stop]
-        density = rule.sources[n]["density"]
-        out.append(sketches.threshold(n, tensor, stop - start, density, partial(_whole_delta, source, base)))
-    return out
+    """Coefficients of SLERP at t = w_2 / (w_1 + w_2); of a single source 1.
+
+    Weights whose |cosine| exceeds 0.9995 are interpolated linearly, as by mergekit's slerp, which covers opposite
+    directions; deltas only where the sine vanishes, as by its nuslerp.
+    """
+    if len(names) == 1:
+        return [1.0]
+    t = weights[1] / (weights[0] + weights[1])
+    cosine = sketches.cosine(names[0], names[1], tensor, vectors[0], vectors[1], base)
+    parallel = abs(cosine) > 0.9995 if base is None else 1.0 - cosine * cosine <= 1e-16
+    if parallel:
+        return [1.0 - t, t]
+    angle = math.acos(cosine)
+    return [math.sin((1.0 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)]
 
 
-def _whole_delta(source: Tensor, base: Tensor) -> Tensor:
-    return source.float() - base.float()
+def _tau(source: Tensor, base: Tensor | None) -> Tensor:
+    """A fresh fp32 vector: the difference from the base, or the weights themselves."""
+    return source.to(torch.float32, copy=True) if base is None else source.float() - base.float()
 
 
-def _delta(out: Tensor, source: Tensor, base: Tensor | None, threshold: float) -> Tensor:
-    """tau in fp32 (or the weights themselves where a method has no base), trimmed below the threshold."""
-    if base is None:
+# -- per chunk --------------------------------------------------------------------------------------------------
+
+
+def _delta(out: Tensor, spare: Tensor, c: _Chunk, t: _Term) -> Tensor:
+    """tau in fp32 (or the weights themselves where a method has no base), trimmed or masked."""
+    source = t.vector[c.start : c.stop]
+    if c.base is None:
         out.copy_(source)
-    elif source.dtype == base.dtype:
-        torch.sub(source, base, out=out)
+    elif source.dtype == c.base.dtype:
+        torch.sub(source, c.base, out=out)
     else:  # widening first is faster than a subtraction of mixed types
-        out.copy_(source).sub_(base)
-    if threshold > 0.0:
+        out.copy_(source).sub_(c.base)
+    if t.threshold > 0.0:
         # hardshrink keeps |x| > limit; with the float just below, it keeps |x| >= threshold. (masked_fill_ and
         # where are not vectorised on the CPU and take 25 times as long.)
-        torch.hardshrink(out, np.nextafter(np.float32(threshold), np.float32(0)).item(), out=out)
+        torch.hardshrink(out, np.nextafter(np.float32(t.threshold), np.float32(0)).item(), out=out)
+    if t.multiplier is not None:
+        # Zero times NaN is NaN: what is masked out still shows where it is not finite.
+        out.mul_(keep(spare, c.bits[1], c.bits[0], t.multiplier, t.density))
     return out
 
 
-def _sum(
-    total: Tensor,
-    room: Tensor,
-    sources: list[Tensor],
-    base: Tensor | None,
-    weights: list[float],
-    thresholds: list[float],
-) -> None:
-    """total = sum_i w_i tau_i. `room` is scratch of shape (n_sources + 4, chunk)."""
-    tau = room[0]
-    _delta(total, sources[0], base, thresholds[0]).mul_(weights[0])
-    for source, w, t in zip(sources[1:], weights[1:], thresholds[1:], strict=True):
-        total.add_(_delta(tau, source, base, t), alpha=w)
+def _sum(total: Tensor, c: _Chunk, terms: list[_Term]) -> None:
+    """total = sum_i f_i tau_i."""
+    tau, spare = c.room[0], c.room[1]
+    _delta(total, spare, c, terms[0]).mul_(terms[0].factor)
+    for t in terms[1:]:
+        total.add_(_delta(tau, spare, c, t), alpha=t.factor)
 
 
-def _elected(
-    total: Tensor,
-    room: Tensor,
-    sources: list[Tensor],
-    base: Tensor | None,
-    weights: list[float],
-    thresholds: list[float],
-    *,
-    normalize: bool,
-) -> None:
+def _elected(total: Tensor, c: _Chunk, terms: list[_Term]) -> None:
     """total = sum (or mean by agreeing weights) of entries whose sign agrees with the sum's; a zero sum counts as +.
 
     With the elected sign s, an entry d agrees where s d > 0; so s max(s d, 0) is d or 0.
     """
-    n = len(sources)
-    spare, share = room[n], room[n + 1]
-    for i, (source, w, t) in enumerate(zip(sources, weights, thresholds, strict=True)):
-        weighted = _delta(room[i], source, base, t).mul_(w)
+    n = len(terms)
+    spare, share = c.room[n], c.room[n + 1]
+    mass = c.room[n + 2]
+    for i, t in enumerate(terms):
+        weighted = _delta(c.room[i if c.normalize else 0], spare, c, t).mul_(t.factor)
         if i == 0:
             total.copy_(weighted)
         else:
             total.add_(weighted)
-    sign = torch.ge(total, 0.0, out=room[n + 2]).mul_(2.0).sub_(1.0)
+        if not c.normalize:
+            mass = torch.abs(weighted, out=mass) if i == 0 else mass.add_(weighted.abs_())
+    if not c.normalize:
+        # sum_i max(s d_i, 0) = (sum |d_i| + |sum d_i|) / 2
+        half = torch.ge(total, 0.0, out=spare).sub_(0.5)
+        total.abs_().add_(mass).mul_(half)
+        return
+    sign = torch.ge(total, 0.0, out=c.room[n + 2]).mul_(2.0).sub_(1.0)
     total.mul_(0.0)  # zeros; a NaN, which agrees with no sign, must not vanish
     share.zero_()
-    for i, w in enumerate(weights):
-        agreeing = torch.mul(room[i], sign, out=spare).clamp_(min=0.0)
+    for i, t in enumerate(terms):
+        agreeing = torch.mul(c.room[i], sign, out=spare).clamp_(min=0.0)
         total.add_(agreeing)
-        if normalize:
-            share.add_(agreeing.sign_(), alpha=w)
-    if normalize:
-        # Weights are multiples of 1e-6, so a smaller sum is a cancelled one (opposite signs): divide by 1, as
-        # mergekit does for an exact zero. It lets rounding residues through, which blow the weights up.
-        cancelled = torch.lt(torch.abs(share, out=spare), 5e-7, out=spare)
-        total.div_(share.add_(cancelled))
+        share.add_(agreeing.sign_(), alpha=t.weight)
+    # Weights are multiples of 1e-6, so a smaller sum is a cancelled one (opposite signs): divide by 1, as
+    # mergekit does for an exact zero. It lets rounding residues through, which blow the weights up.
+    cancelled = torch.lt(torch.abs(share, out=spare), 5e-7, out=spare)
+    total.div_(share.add_(cancelled))
     total.mul_(sign)

@@ -163,7 +163,7 @@ def _listed(names: Sequence[str], most: int = 12) -> str:
 def _space(history: History) -> str:
     out = []
     for space in history.spaces:
-        out.append(f"{space.spec.method} with {len(space.axes):,} coefficients")
+        out.append(f"{space.describe()['method']} with {len(space.axes):,} coefficients")
     return ", then ".join(out)
 
 

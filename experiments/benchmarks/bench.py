@@ -35,6 +35,7 @@ from evomerge.manifest import Manifest, lay_out
 from evomerge.merge.bank import Bank
 from evomerge.merge.builder import Builder
 from evomerge.merge.live import live_model
+from evomerge.merge.methods import METHODS
 from evomerge.pool import TORCH_DTYPES, ModelPool
 from evomerge.prepare import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS, Prepared, prepare
 from evomerge.progress import Silent
@@ -113,7 +114,7 @@ def write_pool(folder: Path, experts: int, dtype: torch.dtype) -> tuple[ModelPoo
 
 
 def build() -> list[Row]:
-    """Building a candidate in place against a fresh state dict and load_state_dict; TIES against dense."""
+    """Building a candidate in place against a fresh state dict and load_state_dict; other methods against dense."""
     return [_build("float32"), _build("bfloat16")]
 
 
@@ -128,19 +129,21 @@ def _build(dtype: str) -> Row:
             n: {t.name: c.tensor(t.name).to(device()) for t in manifest.tensors} for n, c in pool.checkpoints.items()
         }
         model = AutoModelForCausalLM.from_pretrained(Path(temporary) / "base", dtype=TORCH_DTYPES[dtype]).to(device())
-    # Two recipes in turn, so that every build changes every block.
-    dense = itertools.cycle([_recipe("task_arithmetic", w, dtype, manifest) for w in (0.3, 0.4)])
-    ties = itertools.cycle([_recipe("ties", w, dtype, manifest) for w in (0.3, 0.4)])
     weights = itertools.cycle((0.3, 0.4))
+
+    def seconds(method: str, repeats: int) -> float:
+        # Two recipes in turn, so that every build changes every block.
+        recipes = itertools.cycle([_recipe(method, w, dtype, manifest) for w in (0.3, 0.4)])
+        return timed(lambda: builder.build(next(recipes)), repeats)
 
     def load_fresh() -> None:
         state = _fresh(stored, next(weights))
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
         model.load_state_dict(state)
 
-    ours = timed(lambda: builder.build(next(dense)), 9)
+    ours = seconds("task_arithmetic", 9)
     theirs = timed(load_fresh, 9)
-    ties_seconds = timed(lambda: builder.build(next(ties)), 5)
+    others = {m: seconds(m, 5) for m in ("ties", "dare_linear", "dare_ties", "slerp")}
     copy = timed(lambda: builder.buffer.copy_(bank.flat["base"]), 9)
     builder.build(_recipe("linear", 1.0, dtype, manifest))  # the copy above went behind the builder's back
     builder.build(_recipe("task_arithmetic", 0.3, dtype, manifest))
@@ -151,8 +154,8 @@ def _build(dtype: str) -> Row:
         "in place ms": ours * 1e3,
         "state dict + load_state_dict ms": theirs * 1e3,
         "ratio": theirs / ours,
-        "TIES ms": ties_seconds * 1e3,
-        "TIES / dense": ties_seconds / ours,
+        **{f"{m} ms": s * 1e3 for m, s in others.items()},
+        **{f"{m} / dense": s / ours for m, s in others.items()},
         # Four vectors read and one written, against a copy's one and one.
         "share of copy bandwidth": 5 * copy / (2 * ours),
         "largest difference": worst,
@@ -173,8 +176,13 @@ def _fresh(stored: dict[str, dict[str, torch.Tensor]], weight: float) -> dict[st
 
 
 def _recipe(method: str, weight: float, dtype: str, manifest: Manifest) -> Recipe:
-    coefficients = {"weight": weight, **({"density": 0.5} if method == "ties" else {})}
-    rule = {"method": method, "sources": dict.fromkeys(manifest.experts, coefficients)}
+    """All experts with one weight and density 0.5; of SLERP the first two, one of which has weight 1."""
+    row = METHODS[method]
+    coefficients = {"weight": weight, **({"density": 0.5} if "density" in row.coefficients else {})}
+    sources = dict.fromkeys(manifest.experts, coefficients)
+    if row.combine == "spherical":
+        sources = {manifest.experts[0]: {"weight": 1.0}, manifest.experts[1]: coefficients}
+    rule = {"method": method, "sources": sources}
     return Recipe.model_validate({"dtype": dtype, "merge": [rule]}).canonical(manifest)
 
 

@@ -125,8 +125,54 @@ def test_the_base_alone(manifest: Manifest) -> None:
             "bfloat16",
             "breaks ties of trimmed half-precision weights arbitrarily",
         ),
+        (
+            [{"method": "dare_linear", "sources": {"x": {"density": 0.5}}}],
+            "float32",
+            "mergekit draws random masks of its own",
+        ),
+        (
+            [
+                {"match": {"layers": [0, 0]}, "method": "slerp", "sources": {"x": {}, "y": {}}},
+                {"method": "slerp", "sources": {"base": {}, "x": {}}},
+            ],
+            "float32",
+            "slerp is between two models, the recipe has base, x, y",
+        ),
+        (
+            [
+                {
+                    "match": {"layers": [0, 0]},
+                    "method": "slerp",
+                    "params": {"vectors": "deltas"},
+                    "sources": {"x": {}, "y": {}},
+                }
+            ],
+            "float32",
+            "nuslerp cannot leave a block, here embed, as the base has it",
+        ),
+        (
+            [
+                {
+                    "match": {"layers": [0, 0]},
+                    "method": "slerp",
+                    "params": {"vectors": "deltas"},
+                    "sources": {"x": {}, "y": {}},
+                },
+                {"method": "slerp", "sources": {"x": {}, "y": {}}},
+            ],
+            "float32",
+            "slerp of weights or of deltas in a file",
+        ),
     ],
-    ids=["methods", "options", "half-precision trimming"],
+    ids=[
+        "methods",
+        "options",
+        "half-precision trimming",
+        "random masks",
+        "slerp of three",
+        "base left alone",
+        "weights and deltas",
+    ],
 )
 def test_refusals_give_the_reason(manifest: Manifest, rules: list[dict[str, Any]], dtype: str, reason: str) -> None:
     """What mergekit cannot express exactly is refused as bad input, with the reason."""
@@ -152,6 +198,44 @@ def test_other_families(tiny_model: Any, arch: str, rule: dict[str, Any], reason
         exported(other, {**rule, "sources": {"x": source}})
     plain = exported(other, {"method": "task_arithmetic", "sources": {"x": {"weight": 0.5}}})
     assert plain["models"] == [{"model": "/models/x", "parameters": {"weight": 0.5}}]
+
+
+def test_slerp_with_the_base(manifest: Manifest) -> None:
+    """t is the other model's share; blocks without a rule have t = 0."""
+    rule = {"method": "slerp", "sources": {"base": {"weight": 3.0}, "x": {"weight": 1.0}}}
+    config = exported(manifest, {"match": {"module": "mlp"}, **rule})
+    t = {f["filter"]: f["value"] for f in config["parameters"]["t"][:-1]}
+
+    assert config["merge_method"] == "slerp"
+    assert config["base_model"] == "/models/base"
+    assert config["models"] == [{"model": "/models/x"}]
+    assert t["layers.1.mlp"] == 0.25
+    assert t["layers.1.self_attn"] == t["lm_head"] == 0.0
+
+
+def test_slerp_between_experts(manifest: Manifest) -> None:
+    """One of them is what mergekit calls the base; deltas of two experts are its nuslerp."""
+    sources = {"y": {"weight": 0.5}, "x": {"weight": 1.5}}
+    plain = exported(manifest, {"method": "slerp", "sources": sources})
+    deltas = exported(manifest, {"method": "slerp", "params": {"vectors": "deltas"}, "sources": sources})
+
+    assert (plain["base_model"], plain["models"]) == ("/models/x", [{"model": "/models/y"}])
+    assert plain["parameters"] == {"t": 0.25}
+    assert (deltas["merge_method"], deltas["base_model"]) == ("nuslerp", "/models/base")
+    assert deltas["models"] == [
+        {"model": "/models/x", "parameters": {"weight": 1.5}},
+        {"model": "/models/y", "parameters": {"weight": 0.5}},
+    ]
+    assert deltas["parameters"] == {"nuslerp_flatten": True, "nuslerp_row_wise": False}
+
+
+def test_masks_of_density_1_are_no_masks(manifest: Manifest) -> None:
+    """DARE that keeps everything is exported; neither seed nor rescaling remains."""
+    config = exported(manifest, {"method": "dare_ties", "params": {"mask_seed": 5}, "sources": {"x": {"weight": 0.5}}})
+
+    assert config["merge_method"] == "dare_ties"
+    assert config["models"] == [{"model": "/models/x", "parameters": {"weight": 0.5, "density": 1.0}}]
+    assert config["parameters"] == {"normalize": False, "lambda": 1.0}
 
 
 def test_tied_models_have_no_filter_for_the_head(tiny_model: Any) -> None:

@@ -12,11 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -57,15 +59,20 @@ class Case:
     inputs: str = "in"  # or "in_bf16"
     out_dtype: str = "float32"
     tensors: Sequence[str] = field(default=tuple(SHAPES))
+    options: Mapping[str, Any] = field(default_factory=dict)  # further params: vectors of slerp, rescale of DARE
+    base_weight: float = 0.0  # of the base, where slerp has it as a source
 
     def describe(self) -> dict[str, Any]:
         return {
             "name": self.name,
             "method": self.method,
-            "params": {"lambda": self.lam, "normalize": self.normalize},
+            "params": {"lambda": self.lam, "normalize": self.normalize, **self.options},
             "sources": {
-                expert: {"weight": weight, "density": density}
-                for expert, weight, density in zip(EXPERTS, self.weights, self.densities, strict=True)
+                **({"base": {"weight": self.base_weight, "density": 1.0}} if self.base_weight else {}),
+                **{
+                    expert: {"weight": weight, "density": density}
+                    for expert, weight, density in zip(EXPERTS, self.weights, self.densities, strict=True)
+                },
             },
             "oracle": self.oracle,
             "inputs": self.inputs,
@@ -132,7 +139,30 @@ def cases() -> list[Case]:
         Case("peft_prune_density_0.5", "magnitude_prune", ONES, same(0.5), **peft),
         Case("peft_prune_density_0.2", "magnitude_prune", SIGNED, same(0.2), **peft),
     ]
-    return [*linear, *arithmetic, *ties, *others]
+    weights: dict[str, Any] = {"options": {"vectors": "weights"}}
+    deltas: dict[str, Any] = {"options": {"vectors": "deltas"}}
+    slerp = [
+        Case("slerp_base", "slerp", (0.3, 0.0, 0.0), base_weight=0.7, **weights),
+        Case("slerp_base_low", "slerp", (0.0, 0.05, 0.0), base_weight=0.95, **weights),
+        Case("slerp_experts", "slerp", (0.2, 0.0, 0.9), **weights),
+        Case("slerp_bf16", "slerp", (0.6, 0.6, 0.0), inputs="in_bf16", out_dtype="bfloat16", **weights),
+        Case("slerp_deltas", "slerp", (0.4, 0.8, 0.0), **deltas),
+        Case("slerp_deltas_half", "slerp", (0.0, 1.0, 1.0), **deltas),
+        Case("slerp_deltas_bf16", "slerp", (1.2, 0.0, 0.4), inputs="in_bf16", **deltas),
+    ]
+    l1: dict[str, Any] = {"options": {"rescale": "l1"}}
+    inverse: dict[str, Any] = {"options": {"rescale": "inverse_probability"}, **peft}
+    dare = [
+        Case("dare_linear", "dare_linear", PLAIN, same(0.5), **l1),
+        Case("dare_linear_signed_lambda", "dare_linear", SIGNED, (0.9, 0.3, 0.1), lam=0.7, **l1),
+        Case("dare_linear_bf16", "dare_linear", PLAIN, (0.2, 1.0, 0.6), inputs="in_bf16", **l1),
+        Case("dare_ties", "dare_ties", PLAIN, same(0.5), **l1),
+        Case("dare_ties_signed_lambda", "dare_ties", SIGNED, (0.9, 0.3, 0.1), lam=0.7, **l1),
+        Case("dare_ties_normalized", "dare_ties", PLAIN, (0.4, 0.6, 1.0), normalize=True, **l1),
+        Case("peft_dare_linear", "dare_linear", SIGNED, same(0.3), **inverse),
+        Case("peft_dare_ties", "dare_ties", ONES, same(0.6), normalize=True, **inverse),
+    ]
+    return [*linear, *arithmetic, *ties, *others, *slerp, *dare]
 
 
 def make_inputs() -> Inputs:
@@ -158,6 +188,36 @@ def to_bfloat16(inputs: Inputs) -> Inputs:
     return {s: {n: t.to(torch.bfloat16) for n, t in tensors.items()} for s, tensors in inputs.items()}
 
 
+def draw_masks(case: Case) -> dict[str, dict[str, torch.Tensor]]:
+    """Masks of a DARE case, tensor name -> expert -> bool: drawn here, for the oracle and the project alike."""
+    if not case.method.startswith("dare"):
+        return {}
+    rng = np.random.Generator(np.random.PCG64([SEED, sum(case.name.encode())]))
+    return {
+        name: {e: torch.from_numpy(rng.random(SHAPES[name]) < d) for e, d in zip(EXPERTS, case.densities, strict=True)}
+        for name in case.tensors
+    }
+
+
+@contextmanager
+def bernoulli_draws(masks: Sequence[torch.Tensor]) -> Iterator[None]:
+    """torch.bernoulli returns these masks, one a call; all of them must be asked for."""
+    left = list(masks)
+    with mock.patch.object(torch, "bernoulli", lambda probabilities: left.pop(0).to(probabilities.dtype)):
+        yield
+    assert not left
+
+
+def by_mergekit_slerp(case: Case, base: torch.Tensor, experts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """slerp with t between two models of which the first is mergekit's base; nuslerp with a base for deltas."""
+    options: dict[str, Any] = {"dtype": torch.float32, "out_dtype": getattr(torch, case.out_dtype), "base_index": 0}
+    rows = [(w, v) for w, v in zip((case.base_weight, *case.weights), (base, *experts), strict=True) if w]
+    weights, vectors = [w for w, _ in rows], [v for _, v in rows]
+    if case.options["vectors"] == "deltas":
+        return merge_tensors([base, *vectors], "nuslerp", parameters={"weight": weights}, **options)
+    return merge_tensors(vectors, "slerp", parameters={"t": weights[1] / sum(weights)}, **options)
+
+
 def by_mergekit(case: Case, base: torch.Tensor, experts: Sequence[torch.Tensor]) -> torch.Tensor:
     """One tensor, merged by mergekit in float32 from the inputs as stored."""
     options: dict[str, Any] = {"dtype": torch.float32, "out_dtype": getattr(torch, case.out_dtype)}
@@ -165,7 +225,7 @@ def by_mergekit(case: Case, base: torch.Tensor, experts: Sequence[torch.Tensor])
     if case.method == "linear":
         return merge_tensors(list(experts), "linear", parameters=parameters, **options)
     parameters["lambda"] = case.lam
-    if case.method == "ties":
+    if case.method != "task_arithmetic":
         parameters["density"] = list(case.densities)
     return merge_tensors([base, *experts], case.method, parameters=parameters, base_index=0, **options)
 
@@ -176,7 +236,12 @@ def by_peft(case: Case, base: torch.Tensor, experts: Sequence[torch.Tensor]) -> 
     weights = torch.tensor(case.weights)
     if case.method == "task_arithmetic":
         return base + merge_utils.task_arithmetic(deltas, weights)
-    merge = {"ties": merge_utils.ties, "magnitude_prune": merge_utils.magnitude_prune}[case.method]
+    merge = {
+        "ties": merge_utils.ties,
+        "magnitude_prune": merge_utils.magnitude_prune,
+        "dare_linear": merge_utils.dare_linear,
+        "dare_ties": merge_utils.dare_ties,
+    }[case.method]
     return base + merge(deltas, weights, case.densities[0])
 
 
@@ -196,7 +261,7 @@ def oracles_agree(merged: Mapping[str, Array]) -> float:
     """Largest difference between PEFT and mergekit where both define the same thing."""
     inputs, worst = make_inputs(), 0.0
     for case in cases():
-        if case.oracle != "peft" or case.method == "magnitude_prune":
+        if case.oracle != "peft" or case.method not in ("task_arithmetic", "ties"):
             continue
         for name in case.tensors:
             other = by_mergekit(case, inputs["base"][name], [inputs[e][name] for e in EXPERTS]).numpy()
@@ -224,8 +289,15 @@ def main() -> None:
         given = inputs[case.inputs]
         refuse_ties_in_magnitude(case, given)
         merge = {"mergekit": by_mergekit, "peft": by_peft}[case.oracle]
+        if case.method == "slerp":
+            merge = by_mergekit_slerp
+        masks = draw_masks(case)
         for name in case.tensors:
-            result = merge(case, given["base"][name], [given[expert][name] for expert in EXPERTS])
+            # Neither draws a mask of density 1.
+            drawn = [m for (e, m), d in zip(masks.get(name, {}).items(), case.densities, strict=False) if d < 1]
+            with bernoulli_draws(drawn):
+                result = merge(case, given["base"][name], [given[expert][name] for expert in EXPERTS])
+            arrays |= {f"{case.name}/mask/{e}/{name}": m.numpy() for e, m in masks.get(name, {}).items()}
             merged[f"{case.name}/{name}"] = result.float().numpy()
     for key, array in merged.items():
         if not np.isfinite(array).all():

@@ -60,6 +60,46 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"match": {"layers": [i, i]}, **TIES, "params": {"lambda": 0.5 + 0.1 * i, "normalize": False}} for i in range(5)
     ],
     "the base": [],
+    "slerp between the base and an expert, per layer": [
+        {
+            "match": {"layers": [i, i]},
+            "method": "slerp",
+            "sources": {"base": {"weight": 3 - i}, "add": {"weight": i + 1}},
+        }
+        for i in range(4)
+    ],
+    "slerp between two experts": [
+        {
+            "match": {"module": "mlp"},
+            "method": "slerp",
+            "sources": {"count": {"weight": 0.9}, "add": {"weight": 0.3}},
+        },
+        {"match": {"module": "norm"}, "method": "slerp", "sources": {"count": {}}},
+        {"method": "slerp", "sources": {"count": {"weight": 0.2}, "add": {"weight": 0.3}}},
+    ],
+    "slerp of one expert": [{"method": "slerp", "sources": {"count": {"weight": 0.2}}}],
+    "slerp of deltas, per layer": [
+        *(
+            {
+                "match": {"layers": [i, i]},
+                "method": "slerp",
+                "params": {"vectors": "deltas"},
+                "sources": {"attr": {"weight": i}, "add": {"weight": 1.5}},
+            }
+            for i in range(4)
+        ),
+        {"method": "slerp", "params": {"vectors": "deltas"}, "sources": {"attr": {"weight": 0.7}, "add": {}}},
+    ],
+    "DARE-TIES of density 1": [{**TIES, "method": "dare_ties", "sources": {"add": {"weight": 0.7}, "count": {}}}],
+    "DARE of density 1": [
+        {"method": "dare_linear", "params": {"lambda": 0.9}, "sources": {"add": {"weight": 0.7}, "count": {}}}
+    ],
+    "layers swapped": [
+        {"match": {"layers": [0, 0]}, "method": "linear", "sources": {"add": {}}},
+        {"match": {"layers": [1, 1]}, "method": "linear", "sources": {"add": {}, "count": {}}},
+        {"match": {"layers": [2, 4]}, "method": "linear", "sources": {"count": {}}},
+        {"match": {"module": "embed"}, "method": "linear", "sources": {"add": {}}},
+    ],
 }
 
 

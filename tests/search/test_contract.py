@@ -353,6 +353,49 @@ def test_axes_of_all_kinds(algorithm: str) -> None:
     assert {axes[2].value(float(genome_of(p)[2])) for p, _ in done} == {"a", "b", "c"}
 
 
+def any_method() -> tuple[Axis, ...]:
+    """A choice of method with weights for all of them and a density for one of them only."""
+    return (
+        Axis("method", "categorical", choices=("a", "b", "c"), default="a"),
+        Axis("w"),
+        Axis("density", when=("method", frozenset({"b"}))),
+        Axis("count", "int", 0, 5),
+    )
+
+
+def conditional(g: Genome) -> float:
+    """Best in method b with weight 0.7 and density 0.2; the density says nothing elsewhere."""
+    axes = any_method()
+    method = axes[0].value(float(g[0]))
+    own = (g[2] - 0.2) ** 2 if method == "b" else 0.3 + 0.1 * (method == "c")
+    return float((g[1] - 0.7) ** 2 + own + 0.01 * float(axes[3].value(float(g[3]))))
+
+
+def test_a_mixed_conditional_space(algorithm: str) -> None:
+    """From a start in method a, 300 evaluations find method b and what is best in it."""
+    axes = any_method()
+    found = []
+    for seed in range(5):
+        opt = optimizer(algorithm, axes, seed=seed, start=1 / 6)
+        done = search(opt, 300, conditional)
+        best, loss = min(done, key=lambda d: d[1])
+
+        assert {axes[0].value(float(genome_of(p)[0])) for p, _ in done} == {"a", "b", "c"}
+        found.append(axes[0].value(float(genome_of(best)[0])) == "b" and loss < 0.1)
+    assert all(found)
+
+
+def test_inert_genes_do_not_hurt(algorithm: str) -> None:
+    """Where a gene says nothing at all, equal losses are no failure and no reason to stop."""
+    axes = (*any_method(), *(Axis(f"inert{i}", when=("method", frozenset({"c"}))) for i in range(4)))
+    opt = optimizer(algorithm, axes, start=0.5)
+
+    done = search(opt, 200, lambda g: float(axes[0].value(float(g[0])) != "a"))
+
+    assert len(done) == 200
+    assert min(loss for _, loss in done) == 0.0
+
+
 def test_unknown_axis_kind_is_refused(algorithm: str) -> None:
     """An axis kind outside the algorithm's needs is refused by name before the search begins."""
     axis: Any = Axis("perm", "permutation")  # type: ignore[arg-type]
