@@ -52,8 +52,8 @@ HEAVY = words("torch transformers safetensors cma ray optuna plotly scipy psutil
 IMPURE = words(
     """
     pool stock merge.masks merge.bank merge.live merge.pipeline merge.builder score.model score.multiple_choice
-    evaluate standalone check workers.child workers.ray export.hf export.verify report.results report.compare report.front report.page
-    inspect_pool licences export.card export.push report.pool_page
+    evaluate standalone check workers.child workers.ray export.hf export.verify report.results report.compare report.front
+    report.page inspect_pool licences export.card export.push report.pool_page
     """
 )
 """May load heavy packages when they are imported; all others must not, so that the command line starts fast."""
