@@ -160,6 +160,12 @@ class Experiment(_Part):
         assert isinstance(self.fitness, FitnessSpec)
         return self.fitness.tasks
 
+    @property
+    def benchmarks(self) -> tuple[Task, ...]:
+        """The tasks of the fitness that tables show."""
+        assert isinstance(self.fitness, FitnessSpec)
+        return self.fitness.benchmarks
+
     def algorithm_of(self, stage: Stage) -> tuple[str, Any]:
         """Name and options of a stage's algorithm. Raises UserError for wrong settings."""
         name = stage.algorithm or self.search.algorithm
@@ -193,7 +199,9 @@ def _plain_algorithm(name: str, options: Any) -> list[Any]:
     return [name, dict(vars(options))]
 
 
-LATER_KEYS = frozenset({"expert", "objectives"})
+LATER_KEYS = frozenset(
+    {"expert", "objectives", "preset", "columns", "values", "edits", "gold_label", "gold_text", "labels"}
+)
 """Keys of fitness and spaces that came after journals of format 1; at their defaults they are no part of the identity,
 so that runs which began before them go on."""
 

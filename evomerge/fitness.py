@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from evomerge.errors import nearest
 from evomerge.library import find, located
 from evomerge.schema import validated
 from evomerge.tasks import Task
+from evomerge.tasks.presets import expanded
 from evomerge.yamlio import load_yaml
 
 
@@ -60,8 +61,15 @@ class FitnessSpec(_Part):
     objectives: tuple[Goal, ...] = Field((), description="in place of `objective`: one or several, each minimised")
     floor: Floor | None = Field(None, description="price on tasks that fall below the base; not on forgetting itself")
 
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _presets(cls, tasks: Any) -> Any:
+        return [expanded(t) for t in tasks] if isinstance(tasks, list | tuple) else tasks
+
     @model_validator(mode="after")
     def _consistent(self) -> FitnessSpec:
+        if not self.benchmarks:
+            raise ValueError("tasks: none of these says how well a model does; add one that scores models on items")
         names = [t.name for t in self.tasks]
         if len(set(names)) < len(names):
             raise ValueError(f"tasks: the names must differ, got {names}")
@@ -82,6 +90,11 @@ class FitnessSpec(_Part):
                         f"{nearest(goal.metric, task.directions)}"
                     )
         return self
+
+    @property
+    def benchmarks(self) -> tuple[Task, ...]:
+        """The tasks that say how well a model does; tables show these."""
+        return tuple(t for t in self.tasks if t.benchmark)
 
     @property
     def goals(self) -> tuple[Goal, ...]:

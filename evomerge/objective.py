@@ -68,7 +68,7 @@ class Objective:
                 value += weight * max(sign * (mean - self.low[at]), 0.0)
                 continue
             loss = sign * mean if goal.kind == "weighted_mean" else -self.recovered(task, at[1], mean)
-            value += weight * (loss + self._price(sign, at, mean))
+            value += weight * (loss + (self._price(sign, at, mean) if task.benchmark else 0.0))
         return value
 
     def recovered(self, task: Task, metric: str, mean: float) -> float:

@@ -149,14 +149,14 @@ def results(history: History, split: str = "report") -> Results:
     if winner is not None:
         for s in ("search", "select", "report"):
             if (scores := winner.scores(s)) is not None:
-                columns = [scores[t.name][t.report_metric] for t in history.experiment.tasks]
+                columns = [scores[t.name][t.report_metric] for t in history.experiment.benchmarks]
                 optimism[s] = mean_over_tasks(columns)[0]
     return Results(table, comparisons, history.winner_id, optimism, history.cached, history.looks)
 
 
 def _cells(history: History, model: str, scores: Scores, split: str) -> list[Score]:
     out, columns = [], []
-    for t in history.experiment.tasks:
+    for t in history.experiment.benchmarks:
         column = scores[t.name][t.report_metric]
         columns.append(column)
         out.append(Score(model, t.name, t.report_metric, split, *interval(column), len(column)))
@@ -168,7 +168,7 @@ def _cells(history: History, model: str, scores: Scores, split: str) -> list[Sco
 
 def _compare(history: History, model: str, winner: Scores, other: Scores, split: str) -> list[Comparison]:
     out, columns = [], []
-    for t in history.experiment.tasks:
+    for t in history.experiment.benchmarks:
         a, b = winner[t.name][t.report_metric], other[t.name][t.report_metric]
         columns.append(a.astype(np.float64) - b.astype(np.float64))
         out.append(Comparison(model, t.name, t.report_metric, split, *difference(a, b), len(a)))
@@ -177,7 +177,7 @@ def _compare(history: History, model: str, winner: Scores, other: Scores, split:
 
 
 def _metric(history: History) -> str:
-    return "+".join(sorted({t.report_metric for t in history.experiment.tasks}))
+    return "+".join(sorted({t.report_metric for t in history.experiment.benchmarks}))
 
 
 def text_table(history: History, split: str = "report") -> str:
@@ -185,7 +185,7 @@ def text_table(history: History, split: str = "report") -> str:
     r = results(history, split)
     if not r.table:
         return f"nothing is scored on the {split} split yet"
-    tasks = [*(t.name for t in history.experiment.tasks), MEAN]
+    tasks = [*(t.name for t in history.experiment.benchmarks), MEAN]
     names = list(dict.fromkeys(s.model for s in r.table))
     cells = {(s.model, s.task): f"{s.score:.3f} [{s.low:.2f}, {s.high:.2f}]" for s in r.table}
     n = {s.task: s.n for s in r.table}
