@@ -193,7 +193,7 @@ def _plain_algorithm(name: str, options: Any) -> list[Any]:
     return [name, dict(vars(options))]
 
 
-LATER_KEYS = frozenset({"expert", "objectives"})
+LATER_KEYS = frozenset({"expert", "objectives", "few_shot", "chat_template", "system"})
 """Keys of fitness and spaces that came after journals of format 1; at their defaults they are no part of the identity,
 so that runs which began before them go on."""
 
@@ -205,6 +205,8 @@ def _without_text(part: Any) -> Any:
         # Items are in the plans' ids; where they lie does not matter.
         for key in ("data", "splits"):
             task.pop(key, None)
+        if task.get("few_shot"):
+            task["few_shot"].pop("data")
     return data
 
 

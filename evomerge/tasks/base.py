@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from evomerge.errors import UserError, nearest
+from evomerge.library import located
 from evomerge.tasks.rows import Row, rows
 
 SPLITS = ("search", "select", "report")
@@ -46,13 +47,14 @@ class Parsed:
 
 @dataclass(frozen=True)
 class Item:
-    """One scored item; `content` is what its kind of task scores (for example `Choices`)."""
+    """One scored item; `content` is what its kind of task scores (for example `Choices`), `group` its `group_by`."""
 
     id: str
     split: str
     where: str
     digest: str
     content: Any
+    group: str | None = None
 
 
 class TaskSpec(BaseModel):
@@ -105,6 +107,12 @@ class TaskSpec(BaseModel):
     def sign(self, metric: str) -> float:
         """+1 where more of the metric is worse (a loss), -1 where more is better."""
         return -1.0 if self.directions[metric] == "higher" else 1.0
+
+    def resolved(self, folder: Path) -> TaskSpec:
+        """The same task with absolute files, which stood relative to `folder`. Raises UserError for what is no path."""
+        splits = {s: str(located(folder, v)) if isinstance(v, str) else v for s, v in self.splits.items()}
+        data = None if self.data is None else str(located(folder, self.data))
+        return self.model_copy(update={"splits": splits, "data": data})
 
     def parse(self, row: Row) -> Parsed:
         """What this kind makes of a row. Raises UserError at the row's place."""
@@ -186,11 +194,10 @@ def _read(spec: TaskSpec, path: Path) -> Iterator[tuple[Item, str]]:
     for row in rows(path, f"task {spec.name!r}"):
         parsed = spec.parse(row)
         digest = item_digest(parsed.identity)
-        key = digest
-        if spec.group_by is not None:
-            key = f"group:{row.field(spec.group_by, 'group_by')}"
+        group = None if spec.group_by is None else str(row.field(spec.group_by, "group_by"))
+        key = digest if group is None else f"group:{group}"
         name = row.fields.get("id")
-        yield Item("" if name is None else str(name), "", row.where, digest, parsed.content), key
+        yield Item("" if name is None else str(name), "", row.where, digest, parsed.content, group), key
 
 
 def render(template: str, row: Row) -> str:

@@ -8,20 +8,22 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from evomerge.tasks.base import Direction, Parsed, TaskSpec, normalised, render
+from evomerge.tasks.base import Direction, Parsed, normalised, render
+from evomerge.tasks.prompts import Prompted, Shot
 from evomerge.tasks.rows import Row
 
 
 @dataclass(frozen=True)
 class Choices:
-    """Rendered texts and the position of the right choice."""
+    """Rendered texts, the position of the right choice, and the task's few-shot examples."""
 
     prompt: str
     choices: tuple[str, ...]
     gold: int
+    shots: tuple[Shot, ...] = ()
 
 
-class MultipleChoiceSpec(TaskSpec):
+class MultipleChoiceSpec(Prompted):
     """Scored by the log-likelihood of every choice behind the prompt (`score/multiple_choice.py`)."""
 
     metrics: ClassVar[Mapping[str, Direction]] = {
@@ -35,8 +37,6 @@ class MultipleChoiceSpec(TaskSpec):
     kind: Literal["multiple_choice"] = "multiple_choice"
     metric: str = Field("accuracy", description="what the search optimises")
     report_metric: str = Field("accuracy", description="what tables show")
-    prefix: str = Field("", description="text in front of every prompt, for example few-shot examples")
-    prompt: str = Field("{question}", description="template over the item's fields")
     choice: str = Field("{choice}", description="template of one choice; carries its own leading blank")
     choices: str = Field("choices", description="field with the list of choices")
     gold: str = Field("gold", description="field with the position of the right choice")
@@ -58,3 +58,7 @@ class MultipleChoiceSpec(TaskSpec):
         # The content that makes two items the same to a reader: prompt and set of choices.
         identity = "\x1f".join([normalised(prompt), *sorted(normalised(c) for c in texts)])
         return Parsed(identity, Choices(prompt, texts, gold))
+
+    def answer_of(self, content: Choices) -> str:
+        """The right choice."""
+        return content.choices[content.gold]
