@@ -143,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("path", type=Path)
 
     p = with_json(command("list", _list, "what there is"))
-    p.add_argument("what", choices=("methods", "algorithms", "spaces", "fitness", "experiments"))
+    p.add_argument("what", choices=("methods", "algorithms", "tasks", "presets", "spaces", "fitness", "experiments"))
 
     p = command("schema", _schema, "the JSON Schema of a file format, for editors")
     p.add_argument(
@@ -426,6 +426,15 @@ def _list(args: argparse.Namespace) -> int:
         from evomerge.search import ALGORITHMS
 
         rows = [{"name": n, "about": a.about} for n, a in ALGORITHMS.items()]
+    elif args.what == "tasks":
+        from evomerge.tasks import KINDS
+
+        rows = [{"name": n, "about": k.about} for n, k in KINDS.items()]
+    elif args.what == "presets":
+        from evomerge.tasks.presets import preset_files
+
+        for stem, (file, path) in preset_files().items():
+            rows += [{"name": n, "about": file.description, "path": str(path)} for n in file.names(stem)]
     else:
         kind = "search_spaces" if args.what == "spaces" else args.what
         for name, path in entries(kind).items():

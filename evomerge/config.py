@@ -200,7 +200,8 @@ def _plain_algorithm(name: str, options: Any) -> list[Any]:
 
 
 LATER_KEYS = frozenset(
-    {"expert", "objectives", "preset", "columns", "values", "edits", "gold_label", "gold_text", "labels"}
+    {"expert", "objectives", "few_shot", "chat_template", "system"}
+    | {"preset", "columns", "values", "edits", "gold_label", "gold_text", "labels"}
 )
 """Keys of fitness and spaces that came after journals of format 1; at their defaults they are no part of the identity,
 so that runs which began before them go on."""
@@ -213,6 +214,8 @@ def _without_text(part: Any) -> Any:
         # Items are in the plans' ids; where they lie does not matter.
         for key in ("data", "splits"):
             task.pop(key, None)
+        if task.get("few_shot"):
+            task["few_shot"].pop("data")
     return data
 
 

@@ -190,13 +190,13 @@ def load_items(tasks: Sequence[Task], allow: Allowed) -> dict[str, tuple[Item, .
 
 
 def _refuse_test_sets(task: str, items: Sequence[Item]) -> None:
-    """Raises UserError for items of known test sets in the splits that choose; reporting on them is what they are for."""
+    """Raises UserError for items of known test sets in the splits that choose; the report split may hold them."""
     found = [i for i in items if i.test_set is not None and i.split != "report"]
     if found:
         benchmarks = ", ".join(dict.fromkeys(str(i.test_set) for i in found))
         raise UserError(
-            f"task {task!r}: {len(found)} of its search and select items are test questions of {benchmarks} (the first: "
-            f"{found[0].where}); give their file to splits.report only, or allow it with --allow-test-set"
+            f"task {task!r}: {len(found)} of its search and select items are test questions of {benchmarks} "
+            f"(the first: {found[0].where}); give their file to splits.report only, or allow it with --allow-test-set"
         )
 
 

@@ -16,14 +16,16 @@ PACKAGE = Path(__file__).resolve().parents[1] / "evomerge"
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("errors", "canonical", "architectures", "merge.methods", "merge", "export", "report"),
     ("yamlio", "schema", "library", "files", "manifest", "tasks.rows", "tasks.test_sets", "journal", "pareto"),
-    ("recipe", "pool", "tasks.base"),
-    ("proposal", "merge.bank", "merge.live", "tasks.multiple_choice"),
+    ("recipe", "pool", "tasks.base", "tasks.presets"),
+    ("proposal", "merge.bank", "merge.live", "tasks.prompts", "tasks.perplexity", "tasks.weights"),
+    ("tasks.multiple_choice", "tasks.generation"),
     ("tasks",),
     ("space", "score.plan", "workers", "rundir", "merge.pipeline"),
     (
         "search.base",
         "score",
         "score.model",
+        "score.prompts",
         "merge.builder",
         "commit",
         "workers.inline",
@@ -37,6 +39,8 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "workers.ray",
         "workers.child",
         "score.multiple_choice",
+        "score.perplexity",
+        "score.weights",
         "evaluate",
     ),
     ("search", "fitness"),
@@ -57,7 +61,8 @@ PURE = (
     *("errors", "canonical", "architectures", "yamlio", "schema", "library", "files", "manifest", "recipe", "proposal"),
     *("space", "journal", "rundir", "config", "objective", "budget", "commit", "session", "progress", "run", "prepare"),
     *("cli", "history", "merge.methods", "score", "score.plan", "search", "search.base", "fitness", "pareto"),
-    *("tasks", "tasks.base", "tasks.rows", "tasks.multiple_choice", "tasks.test_sets"),
+    *("tasks", "tasks.base", "tasks.rows", "tasks.multiple_choice", "tasks.prompts", "score.prompts"),
+    *("tasks.test_sets", "tasks.presets", "tasks.perplexity", "tasks.weights"),
     *("search.cmaes", "search.random_search", "workers", "workers.inline", "workers.local", "workers.fake"),
     *("__init__", "__main__", "merge", "export", "report", "report.status", "export.mergekit", "export.record"),
 )
@@ -174,7 +179,10 @@ print("MODULES", json.dumps(sorted({n.partition(".")[0] for n in sys.modules})))
 """
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["list", "methods"], ["list", "algorithms"], ["schema"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["list", "methods"], ["list", "algorithms"], ["list", "tasks"], ["list", "presets"], ["schema"]],
+)
 def test_start_up_is_light(arguments: list[str]) -> None:
     """Help and lists load none of torch, transformers, cma, ray, optuna and plotly."""
     done = subprocess.run([sys.executable, "-c", LIGHT, *arguments], capture_output=True, text=True, check=True)

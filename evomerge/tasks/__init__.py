@@ -9,6 +9,8 @@ from pydantic import Discriminator, Tag
 
 from evomerge.tasks.base import TaskSpec
 from evomerge.tasks.multiple_choice import MultipleChoiceSpec
+from evomerge.tasks.perplexity import PerplexitySpec
+from evomerge.tasks.weights import WeightsSpec
 
 
 class Kind(NamedTuple):
@@ -23,6 +25,8 @@ KINDS: Mapping[str, Kind] = {
     "multiple_choice": Kind(
         MultipleChoiceSpec, "evomerge.score.multiple_choice:MultipleChoice", "log-likelihood of given choices"
     ),
+    "perplexity": Kind(PerplexitySpec, "evomerge.score.perplexity:Perplexity", "bits per byte of given texts"),
+    "weights": Kind(WeightsSpec, "evomerge.score.weights:Weights", "distance of the weights from the base"),
 }
 
 

@@ -18,20 +18,23 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from evomerge.errors import UserError, nearest
+from evomerge.library import located
 from evomerge.tasks.rows import Row, rows
 from evomerge.tasks.test_sets import test_set_of
 
 SPLITS = ("search", "select", "report")
 Split = Literal["search", "select", "report"]
 Direction = Literal["higher", "lower"]
-Edit = Literal["strip", "lower_first", "drop_last"]
+Edit = Literal["strip", "lower_first", "drop_last", "behind_hashes"]
 
 EDITS: Mapping[Edit, Callable[[str], str]] = {
     "strip": str.strip,
     "lower_first": lambda text: text[:1].lower() + text[1:],
     "drop_last": lambda text: text.strip()[:-1],
+    "behind_hashes": lambda text: text.rpartition("####")[2].strip(),
 }
-"""Blanks at both ends off; the first letter small; blanks and then the last sign (the full stop) off."""
+"""Blanks at both ends off; the first letter small; blanks and then the last sign (the full stop) off; only what stands
+behind the last ####, the whole text where there is none."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class Parsed:
 
 @dataclass(frozen=True)
 class Item:
-    """One scored item; `content` is what its kind of task scores (for example `Choices`).
+    """One scored item; `content` is what its kind of task scores (for example `Choices`), `group` its `group_by`.
 
     `test_set` names the known benchmark whose test set the item's row is of (`tasks/test_sets.py`).
     """
@@ -65,6 +68,7 @@ class Item:
     where: str
     digest: str
     content: Any
+    group: str | None = None
     test_set: str | None = None
 
 
@@ -96,7 +100,9 @@ class TaskSpec(BaseModel):
     values: Mapping[str, Mapping[str, str]] = Field(
         default={}, description="field -> its possible values and what stands for each, such as {cause: because}"
     )
-    edits: Mapping[str, Edit] = Field(default={}, description="field -> how its text, or each text of its list, changes")
+    edits: Mapping[str, Edit] = Field(
+        default={}, description="field -> how its text, or each text of its list, changes"
+    )
     group_by: str | None = Field(None, description="field whose equal values stay in one split")
     metric: str = Field(description="what the search optimises")
     report_metric: str = Field(description="what tables show")
@@ -131,6 +137,12 @@ class TaskSpec(BaseModel):
         """+1 where more of the metric is worse (a loss), -1 where more is better."""
         return -1.0 if self.directions[metric] == "higher" else 1.0
 
+    def resolved(self, folder: Path) -> TaskSpec:
+        """The same task with absolute files, which stood relative to `folder`. Raises UserError for what is no path."""
+        splits = {s: str(located(folder, v)) if isinstance(v, str) else v for s, v in self.splits.items()}
+        data = None if self.data is None else str(located(folder, self.data))
+        return self.model_copy(update={"splits": splits, "data": data})
+
     def rows(self, path: Path, who: str) -> Iterator[Row]:
         """A file's rows with `columns`, `values` and `edits` applied, in this order. Raises UserError."""
         for row in rows(path, who):
@@ -143,7 +155,7 @@ class TaskSpec(BaseModel):
         new = {}
         for name, table in self.values.items():
             found = row.field(name, "values")
-            if found not in table:
+            if not isinstance(found, str) or found not in table:
                 raise row.bad(f"the field {name!r} should be one of {', '.join(table)}, got {found!r}"[:200])
             new[name] = table[found]
         return row.with_fields(**new)
@@ -239,12 +251,11 @@ def _read(spec: TaskSpec, path: Path) -> Iterator[tuple[Item, str]]:
     for row in spec.rows(path, f"task {spec.name!r}"):
         parsed = spec.parse(row)
         digest = item_digest(parsed.identity)
-        key = digest
-        if spec.group_by is not None:
-            key = f"group:{row.field(spec.group_by, 'group_by')}"
+        group = None if spec.group_by is None else str(row.field(spec.group_by, "group_by"))
+        key = digest if group is None else f"group:{group}"
         name = row.fields.get("id")
-        item = Item("" if name is None else str(name), "", row.where, digest, parsed.content)
-        yield replace(item, test_set=test_set_of(row.fields.values())), key
+        known = test_set_of(row.fields.values())
+        yield Item("" if name is None else str(name), "", row.where, digest, parsed.content, group, known), key
 
 
 def _first(row: Row, name: str, options: tuple[str | tuple[str, ...], ...]) -> Any:

@@ -10,9 +10,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from evomerge.tasks.base import Direction, Parsed, TaskSpec, normalised, render
+from evomerge.tasks.base import Direction, Parsed, normalised, render
+from evomerge.tasks.prompts import Prompted, Shot
 from evomerge.tasks.rows import Row
-
 
 LETTERS = {letter: n for n, letter in enumerate(string.ascii_uppercase)}
 
@@ -24,14 +24,15 @@ def _letter(n: int) -> str:
 
 @dataclass(frozen=True)
 class Choices:
-    """Rendered texts and the position of the right choice."""
+    """Rendered texts, the position of the right choice, and the task's few-shot examples."""
 
     prompt: str
     choices: tuple[str, ...]
     gold: int
+    shots: tuple[Shot, ...] = ()
 
 
-class MultipleChoiceSpec(TaskSpec):
+class MultipleChoiceSpec(Prompted):
     """Scored by the log-likelihood of every choice behind the prompt (`score/multiple_choice.py`)."""
 
     metrics: ClassVar[Mapping[str, Direction]] = {
@@ -45,7 +46,6 @@ class MultipleChoiceSpec(TaskSpec):
     kind: Literal["multiple_choice"] = "multiple_choice"
     metric: str = Field("accuracy", description="what the search optimises")
     report_metric: str = Field("accuracy", description="what tables show")
-    prefix: str = Field("", description="text in front of every prompt, for example few-shot examples")
     prompt: str = Field(
         "{question}", description="template over the item's fields; {lettered} are the choices as lines A. ..., B. ..."
     )
@@ -85,6 +85,10 @@ class MultipleChoiceSpec(TaskSpec):
         offered = texts if "{letter}" not in self.choice else choices
         identity = "\x1f".join([asked, *sorted(normalised(c) for c in offered)])
         return Parsed(identity, Choices(prompt, texts, gold))
+
+    def answer_of(self, content: Choices) -> str:
+        """The right choice."""
+        return content.choices[content.gold]
 
     def _choices(self, row: Row) -> list[str]:
         found: Any = row.field(self.choices) if isinstance(self.choices, str) else [row.field(c) for c in self.choices]

@@ -14,8 +14,9 @@ import torch
 from evomerge.errors import UserError
 from evomerge.merge.live import load_tokenizer
 from evomerge.score.model import NonFinite
-from evomerge.score.multiple_choice import MIN_PREFIX, ChoicePlan, ChoiceTree, MultipleChoice, columns
+from evomerge.score.multiple_choice import ChoicePlan, ChoiceTree, MultipleChoice, columns
 from evomerge.score.plan import PlanShape, Scorable, Target
+from evomerge.score.prompts import MIN_PREFIX
 from evomerge.tasks.base import Item, load_items
 from evomerge.tasks.multiple_choice import Choices, MultipleChoiceSpec
 
