@@ -41,6 +41,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "score.multiple_choice",
         "evaluate",
     ),
+    ("score.generation",),
     ("search", "fitness"),
     ("config",),
     ("objective", "budget"),
@@ -59,7 +60,8 @@ PURE = (
     *("errors", "canonical", "architectures", "yamlio", "schema", "library", "files", "manifest", "recipe", "proposal"),
     *("space", "journal", "rundir", "config", "objective", "budget", "commit", "session", "progress", "run", "prepare"),
     *("cli", "history", "merge.methods", "score", "score.plan", "search", "search.base", "fitness", "pareto"),
-    *("tasks", "tasks.base", "tasks.rows", "tasks.multiple_choice", "tasks.prompts", "score.prompts"),
+    *("tasks", "tasks.base", "tasks.rows", "tasks.multiple_choice", "tasks.generation", "tasks.prompts"),
+    "score.prompts",
     *("search.cmaes", "search.random_search", "workers", "workers.inline", "workers.local", "workers.fake"),
     *("__init__", "__main__", "merge", "export", "report", "report.status", "export.mergekit", "export.record"),
 )
