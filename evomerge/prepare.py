@@ -204,11 +204,12 @@ def compile_plans(
     tasks: Sequence[Task], items: Mapping[str, tuple[Item, ...]], base: Any, shape: PlanShape
 ) -> dict[str, Plan]:
     """Tokenise and lay out all tasks with the base's tokenizer. Raises UserError for items that do not fit."""
-    from evomerge.merge.live import load_tokenizer
+    from evomerge.merge.live import end_tokens, load_tokenizer
     from evomerge.score import make_scorer
 
     limit = int(base.config.get("max_position_embeddings", 1 << 30))
-    target = Target(load_tokenizer(base.path), limit, shape)
+    tokenizer = load_tokenizer(base.path)
+    target = Target(tokenizer, limit, shape, end_tokens(base.path, tokenizer))
     return {t.name: make_scorer(t.kind).compile(t, items[t.name], target) for t in tasks}
 
 

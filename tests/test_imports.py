@@ -43,6 +43,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "score.weights",
         "evaluate",
     ),
+    ("score.generation",),
     ("search", "fitness"),
     ("config",),
     ("objective", "budget"),
@@ -61,8 +62,8 @@ PURE = (
     *("errors", "canonical", "architectures", "yamlio", "schema", "library", "files", "manifest", "recipe", "proposal"),
     *("space", "journal", "rundir", "config", "objective", "budget", "commit", "session", "progress", "run", "prepare"),
     *("cli", "history", "merge.methods", "score", "score.plan", "search", "search.base", "fitness", "pareto"),
-    *("tasks", "tasks.base", "tasks.rows", "tasks.multiple_choice", "tasks.prompts", "score.prompts"),
-    *("tasks.test_sets", "tasks.presets", "tasks.perplexity", "tasks.weights"),
+    *("tasks", "tasks.base", "tasks.rows", "tasks.multiple_choice", "tasks.generation", "tasks.prompts"),
+    *("score.prompts", "tasks.test_sets", "tasks.presets", "tasks.perplexity", "tasks.weights"),
     *("search.cmaes", "search.random_search", "workers", "workers.inline", "workers.local", "workers.fake"),
     *("__init__", "__main__", "merge", "export", "report", "report.status", "export.mergekit", "export.record"),
 )
