@@ -16,7 +16,7 @@ from typing import IO, Any
 from evomerge.errors import UserError, nearest
 
 MAX_FILE = 1_000_000_000
-"""Bytes of a file, for parquet also what its columns say they take when unpacked."""
+"""Bytes of a file, for parquet also of its columns when unpacked."""
 MAX_JSON = 200_000_000
 """Bytes of a .json file, which is read as a whole."""
 MAX_LINE = 2_000_000
@@ -179,11 +179,11 @@ def _parquet(path: Path) -> Iterator[Row]:
         raise UserError(f"{path}: parquet needs pyarrow: pip install 'evomerge[data]', or write it as .jsonl") from None
     try:
         with pq.ParquetFile(path) as file:
-            about = file.metadata
-            if sum(about.row_group(i).total_byte_size for i in range(about.num_row_groups)) > MAX_FILE:
-                raise UserError(f"{path}: unpacks to more than {MAX_FILE} bytes")
-            n = 0
+            n = unpacked = 0
             for batch in file.iter_batches(batch_size=PARQUET_ROWS, use_threads=False):
+                unpacked += batch.nbytes
+                if unpacked > MAX_FILE:
+                    raise UserError(f"{path}: unpacks to more than {MAX_FILE} bytes")
                 for fields in batch.to_pylist():
                     n += 1
                     yield Row(fields, f"{path.name}:{n}", f"{path} row {n}")

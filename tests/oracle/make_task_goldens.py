@@ -68,7 +68,7 @@ def rendered(template: Any, doc: dict[str, Any]) -> Any:
 def prompts() -> dict[str, list[dict[str, Any]]]:
     out: dict[str, list[dict[str, Any]]] = {}
     for name, file in TEMPLATES.items():
-        task = yaml.load((TASKS / file).read_text(encoding="utf-8"), Loader)  # noqa: S506 (a safe loader)
+        task = yaml.load((TASKS / file).read_text(encoding="utf-8"), Loader)
         out[name] = []
         for doc in read(name):
             row: dict[str, Any] = {"prompt": rendered(task["doc_to_text"], doc)}
