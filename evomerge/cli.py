@@ -195,7 +195,8 @@ def _go(args: argparse.Namespace, experiment: Any, out: Path) -> int:
     from evomerge.report.results import results, text_table
     from evomerge.run import run
 
-    args.resume_with = f"evomerge resume {out}"
+    allowed = ("--allow-code", args.allow_code), ("--allow-test-set", args.allow_test_set)
+    args.resume_with = " ".join(["evomerge resume", str(out), *(flag for flag, given in allowed if given)])
     try:
         with _stoppable() as interrupted:
             history = run(
@@ -372,10 +373,12 @@ def _score(args: argparse.Namespace) -> int:
     else:
         scores = score_folder(args.model, fitness, splits=splits, device=device, allow=_allowed(args))
     rows = []
+    benchmarks = {t.name for t in fitness.benchmarks}
     for split, tasks in scores.items():
         for task, metrics in tasks.items():
             for metric, column in metrics.items():
-                score, low, high = interval(column)
+                # What is no benchmark is no sample either: exact, without an interval.
+                score, low, high = interval(column) if task in benchmarks else (float(column[0]),) * 3
                 rows.append(
                     {"task": task, "metric": metric, "split": split, "score": score, "low": low, "high": high}
                     | {"n": len(column)}

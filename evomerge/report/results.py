@@ -223,13 +223,18 @@ def _warnings(history: History, r: Results) -> list[str]:
     winner = history.entry(r.winner)
     if winner.role == "baseline":
         return [f"the search found nothing better than {winner.name!r}, which was there before"]
+    signs = {t.sign(t.report_metric) for t in history.experiment.benchmarks}
+    if len(signs) > 1:  # a mean of scores and losses orders nothing
+        return []
+    sign = signs.pop()
     mean = {s.model: s.score for s in r.table if s.task == MEAN}
-    better = [m for m in mean if m != "winner" and mean[m] > mean.get("winner", math.inf)]
+    better = [m for m in mean if m != "winner" and sign * mean[m] < sign * mean.get("winner", -sign * math.inf)]
     if not better:
         return []
-    best = max(better, key=lambda m: mean[m])
+    best = min(better, key=lambda m: sign * mean[m])
+    more = "higher" if sign < 0 else "lower"
     return [
-        f"{best!r} has a higher mean {_metric(history)} ({mean[best]:.3f}) than the winner: the search was too short, "
+        f"{best!r} has a {more} mean {_metric(history)} ({mean[best]:.3f}) than the winner: the search was too short, "
         "or its objective (the fitness's metrics, weights and floor) wants something else"
     ]
 

@@ -80,7 +80,8 @@ class Perplexity:
             )
         texts = []
         for item in items:
-            ids: list[int] = list(target.tokenizer(item.content.text, add_special_tokens=False)["input_ids"])
+            # Not verbose: it would warn of texts longer than the model takes, which is what windows are for.
+            ids = list(target.tokenizer(item.content.text, add_special_tokens=False, verbose=False)["input_ids"])
             if not ids:
                 raise UserError(f"{item.where}: the text has no tokens")
             texts.append(tuple(rolling(ids, first, window, spec.context)))

@@ -113,6 +113,22 @@ def test_every_format_reads_alike(name: str, shape: str, form: str, tmp_path: Pa
         assert got == wanted
 
 
+def test_few_shot_examples_have_columns_too(tmp_path: Path) -> None:
+    """Examples are read like the items, here with their rationale as the answer; an item is never its own example."""
+    first = (ASSETS / "gsm8k.hub.jsonl").read_text(encoding="utf-8").splitlines()[0]
+    (tmp_path / "one.jsonl").write_text(first + "\n", encoding="utf-8")
+    splits = {
+        "search": str(tmp_path / "one.jsonl"),
+        "select": str(ASSETS / "mgsm-de.jsonl"),
+        "report": str(ASSETS / "mgsm-es.jsonl"),
+    }
+    few = {"data": str(ASSETS / "gsm8k.hub.jsonl"), "count": 2, "answer": " {answer}"}
+    shots = task("gsm8k", splits=splits, few_shot=few).load(tmp_path)[0].content.shots
+
+    assert {s.answer for s in shots} == {" " + r["answer"] for r in read("gsm8k.hub")[1:]}
+    assert all(s.prompt.startswith("Question: ") and s.prompt.endswith("\nAnswer:") for s in shots)
+
+
 def test_every_preset_is_a_task() -> None:
     """All presets are complete tasks of a known kind under their own names, each file with its source."""
     assert {"gsm8k", "svamp", "arc", "mmlu", "blimp", "xcopa-it", "mgsm-de"} <= set(presets())

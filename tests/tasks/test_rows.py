@@ -126,11 +126,12 @@ def test_bad_files_are_one_line(name: str, data: bytes, words: str, tmp_path: Pa
 
 def test_large_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Files over the caps are refused by their size, parquet also by what it unpacks to."""
-    small = written(tmp_path / "x.parquet", [{"a": "same " * 100}] * 2000)
-    monkeypatch.setattr(module, "MAX_FILE", small.stat().st_size)
+    small = written(tmp_path / "x.parquet", [{"a": "same " * 1000}] * 600)
+    monkeypatch.setattr(module, "MAX_FILE", 500_000)
     monkeypatch.setattr(module, "MAX_JSON", 10)
 
-    assert "unpacks to more than" in complaint(small)
+    assert small.stat().st_size < 500_000
+    assert "unpacks to more than 500000 bytes" in complaint(small)
     assert "read at once; write it as .jsonl" in complaint(written(tmp_path / "x.json", TEXTS))
     monkeypatch.setattr(module, "MAX_FILE", 10)
     assert "larger than 10 bytes" in complaint(small)
