@@ -111,6 +111,8 @@ class TaskSpec(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> TaskSpec:
+        if self.preset is not None:
+            raise ValueError("preset: is known in a fitness; elsewhere call evomerge.tasks.presets.expanded first")
         for metric in (self.metric, self.report_metric):
             if metric not in self.directions:
                 raise ValueError(f"unknown metric {metric!r}{nearest(metric, self.directions)}")

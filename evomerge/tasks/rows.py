@@ -54,7 +54,7 @@ class Row:
             raise self.bad(f"the field {name!r}{reason} is missing{nearest(name, map(str, self.fields))}")
         return value
 
-    def with_fields(self, **more: Any) -> Row:
+    def with_fields(self, /, **more: Any) -> Row:
         """The row with some fields replaced or added."""
         return replace(self, fields={**self.fields, **more})
 

@@ -71,14 +71,22 @@ def plain(model: Any, tokenizer: Any, text: str, window: int, context: int = 1) 
     return nats, len(ids)
 
 
-@pytest.mark.parametrize("arch", sorted(ARCHITECTURES))
-@pytest.mark.parametrize(("window", "context"), [(256, 1), (16, 1), (16, 9), (7, 7)])
+CASES: list[tuple[str, int, int, dict[str, Any]]] = [
+    *((arch, 16, 9, {}) for arch in sorted(ARCHITECTURES)),
+    ("llama", 256, 1, {}),
+    ("llama", 16, 1, {}),
+    ("llama", 7, 7, {}),
+    ("mistral", 64, 1, {"sliding_window": 5}),
+]
+
+
+@pytest.mark.parametrize(("arch", "window", "context", "config"), CASES)
 def test_numbers_are_those_of_plain_transformers(
-    tiny_model: Any, arch: str, window: int, context: int, monkeypatch: pytest.MonkeyPatch
+    tiny_model: Any, arch: str, window: int, context: int, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both columns, short and long texts, in small batches and with logits in pieces, within 1e-5 per token."""
     monkeypatch.setattr(module, "MAX_LOGITS", 512 * 10)
-    folder = tiny_model(arch)
+    folder = tiny_model(arch, **config)
     model, tokenizer = stock(folder), load_tokenizer(folder)
     plan = compiled(tokenizer, window=window, context=context)
     order = (3, 1, 0, 4, 2)

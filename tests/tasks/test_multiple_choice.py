@@ -126,6 +126,7 @@ def test_columns_take_the_first_that_is_there() -> None:
 def test_columns_do_not_see_each_other() -> None:
     """All names are taken from the file's own fields, so two fields may be exchanged."""
     assert shaped({"a": 1, "b": 2}, columns={"a": ["b"], "b": ["a"]}) == {"a": 2, "b": 1}
+    assert shaped({"a": 1}, columns={"self": ["a"]})["self"] == 1
 
 
 def test_values_replace_and_edits_change() -> None:

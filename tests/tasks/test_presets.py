@@ -16,6 +16,7 @@ from evomerge.errors import UserError
 from evomerge.fitness import FitnessSpec
 from evomerge.schema import validated
 from evomerge.tasks import KINDS, TaskSpec
+from evomerge.tasks.multiple_choice import MultipleChoiceSpec
 from evomerge.tasks.presets import expanded, preset_files, presets
 
 TESTS = Path(__file__).parents[1]
@@ -163,6 +164,12 @@ def test_wrong_presets_are_one_line(data: dict[str, Any], words: str) -> None:
         validated(FitnessSpec, {"tasks": [{"data": "x.jsonl", **data}]}, "fitness")
 
     assert words in str(caught.value)
+
+
+def test_presets_belong_to_a_fitness() -> None:
+    """A task that is read by itself does not pass over its preset."""
+    with pytest.raises(UserError, match="preset: is known in a fitness"):
+        validated(MultipleChoiceSpec, {"name": "t", "data": "x.jsonl", "preset": "arc"}, "task")
 
 
 def test_what_is_no_task_is_left_alone() -> None:
