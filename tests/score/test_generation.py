@@ -14,7 +14,7 @@ import torch
 from evomerge.errors import UserError
 from evomerge.merge.live import end_tokens, load_tokenizer
 from evomerge.score import generation
-from evomerge.score.generation import CACHE_TOKENS, Generation, GenerationPlan, Written, batches
+from evomerge.score.generation import ROW_SHARE, Generation, GenerationPlan, Written, batches
 from evomerge.score.model import NonFinite
 from evomerge.score.plan import PlanShape, Scorable, Target
 from evomerge.score.prompts import MIN_PREFIX
@@ -226,17 +226,20 @@ def test_chats(tiny_model: Any) -> None:
 # -- batches and columns --------------------------------------------------------------------------------------
 
 
-def test_batches_keep_within_bounds(tiny_model: Any) -> None:
-    """Every item once, like lengths together, keys and values bounded by the plan's shape; a huge item goes alone."""
-    plan = compiled(tiny_model("llama"), batch_tokens=40)
+@pytest.mark.parametrize(("cache", "rows"), [(200, 64), (32_768, 2), (200, 4), (1, 4)])
+def test_batches_keep_within_bounds(tiny_model: Any, monkeypatch: pytest.MonkeyPatch, cache: int, rows: int) -> None:
+    """Every item once, like lengths together, rows and columns bounded; a huge item goes alone."""
+    monkeypatch.setattr(generation, "CACHE_TOKENS", cache)
+    plan = compiled(tiny_model("llama"), batch_tokens=rows * ROW_SHARE)
     found = list(batches(plan, range(len(PROMPTS))))
 
     assert sorted(n for b in found for n in b) == list(range(len(PROMPTS)))
     lengths = [len(plan.prompts[n]) for b in found for n in b]
     assert lengths == sorted(lengths)
     for b in found:
-        assert len(b) == 1 or len(b) * (len(plan.prompts[b[-1]]) + plan.max_tokens) <= CACHE_TOKENS * 40
-    assert max(map(len, found)) > 1
+        assert len(b) <= rows
+        assert len(b) == 1 or len(b) * (len(plan.prompts[b[-1]]) + plan.max_tokens) <= cache
+    assert (max(map(len, found)) > 1) == (cache > 1)
 
 
 def test_any_subset_in_any_order(tiny_model: Any) -> None:
