@@ -17,7 +17,7 @@ Columns, one value per item:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,8 +36,10 @@ from evomerge.score.prompts import Prompter, shared_prefix
 from evomerge.tasks.base import Item
 from evomerge.tasks.generation import Extract, GenerationSpec, Normalise, right
 
-CACHE_TOKENS = 4
-"""Keys and values that a batch may hold at most, in units of the plan's `batch_tokens`."""
+CACHE_TOKENS = 32_768
+"""Keys and values that a batch may hold at most: 4 GiB for a model of 8B parameters with grouped queries in bf16."""
+ROW_SHARE = 16
+"""A batch has at most the plan's `batch_tokens` divided by this many rows."""
 BLOCK = 64
 """Columns by which the buffers of keys and values grow."""
 
@@ -142,15 +144,15 @@ class Generation:
 def batches(plan: GenerationPlan, positions: Sequence[int]) -> Iterator[list[int]]:
     """Indices into `positions` that are decoded together: like lengths, bounded keys and values, a fixed order."""
     order = sorted(range(len(positions)), key=lambda n: (len(plan.prompts[positions[n]]), positions[n]))
-    fixed = len(plan.prefix) + plan.max_tokens
-    return grouped(order, lambda n: fixed + len(plan.prompts[positions[n]]), CACHE_TOKENS * plan.shape.batch_tokens)
+    fixed, rows = len(plan.prefix) + plan.max_tokens, max(plan.shape.batch_tokens // ROW_SHARE, 1)
+    return grouped(order, lambda n: fixed + len(plan.prompts[positions[n]]), CACHE_TOKENS, rows)
 
 
-def grouped(order: Sequence[int], size: Any, limit: int) -> Iterator[list[int]]:
-    """Runs of `order`, of which `size` does not fall, so that rows times the largest size stays within `limit`."""
+def grouped(order: Sequence[int], size: Callable[[int], int], limit: int, rows: int) -> Iterator[list[int]]:
+    """Cut `order`, in which `size` never falls, where rows times the largest size, or the rows alone, are too many."""
     group: list[int] = []
     for n in order:
-        if group and size(n) * (len(group) + 1) > limit:
+        if group and (len(group) == rows or size(n) * (len(group) + 1) > limit):
             yield group
             group = []
         group.append(n)
@@ -185,7 +187,7 @@ class Decoding:
     def _prompts(self) -> None:
         """Run all prompts, as many in one pass as the plan's `batch_tokens` allow, into one cache."""
         prompts = [self.plan.prompts[i] for i in self.items]
-        groups = grouped(range(len(prompts)), lambda n: len(prompts[n]), self.plan.shape.batch_tokens)
+        groups = grouped(range(len(prompts)), lambda n: len(prompts[n]), self.plan.shape.batch_tokens, len(prompts))
         logits, places, caches = zip(
             *(self._pass([prompts[n] for n in g], len(prompts[-1])) for g in groups), strict=True
         )
