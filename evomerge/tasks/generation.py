@@ -111,7 +111,7 @@ class GenerationSpec(Prompted):
 
     metrics: ClassVar[Mapping[str, Direction]] = {"exact_match": "higher", "tokens": "lower", "stopped": "higher"}
 
-    kind: Literal["generation"] = "generation"
+    kind: Literal["generation"]
     metric: str = Field("exact_match", description="what the search optimises")
     report_metric: str = Field("exact_match", description="what tables show")
     target: str = Field("target", description="field with the answer: a text, a number, or a list of accepted ones")

@@ -294,7 +294,9 @@ def _generation(prefix: int, ending: bool, n: int = 24, new: int = 64) -> Row:
     candidate = Scorable(_live(llama_config(32000, 4, 384)), _Words(), lambda: 0.0)
     rng = np.random.Generator(np.random.PCG64(0))
     rows = [c for c, _ in _items(rng, n=n, prefix=prefix, context=40, answer=1)]
-    spec = GenerationSpec(name="bench", splits={"search": "-", "select": "-", "report": "-"}, max_tokens=new)
+    spec = GenerationSpec(
+        kind="generation", name="bench", splits={"search": "-", "select": "-", "report": "-"}, max_tokens=new
+    )
     items = tuple(
         Item(str(i), "search", str(i), str(i), Question(" ".join(map(str, r)), ("-",))) for i, r in enumerate(rows)
     )

@@ -61,7 +61,7 @@ def compiled(
 ) -> GenerationPlan:
     tokenizer = tokenizer or load_tokenizer(folder)
     found = end_tokens(folder, tokenizer) if ends is None else ends
-    spec = GenerationSpec(name="t", data="x.jsonl", **{"max_tokens": 16, **fields})
+    spec = GenerationSpec(kind="generation", name="t", data="x.jsonl", **{"max_tokens": 16, **fields})
     target = Target(tokenizer, 256, PlanShape(batch_tokens), found)
     return Generation().compile(spec, tuple(item(p, name=str(n)) for n, p in enumerate(prompts)), target)
 
@@ -281,7 +281,7 @@ def test_columns_are_what_they_say(quickstart: Path) -> None:
     lines = (quickstart / "data" / "skill_add.jsonl").read_text().splitlines()[:20]
     items = tuple(item(d["question"], d["target"], d["id"]) for d in map(json.loads, lines))
     target = Target(made.tokenizer, 256, PlanShape(), end_tokens(folder, made.tokenizer))
-    plan = Generation().compile(GenerationSpec(name="t", data="x", max_tokens=8), items, target)
+    plan = Generation().compile(GenerationSpec(kind="generation", name="t", data="x", max_tokens=8), items, target)
     positions = tuple(range(len(items)))
     columns = Generation().score(made, plan, positions)
 
@@ -317,7 +317,9 @@ def test_the_id_is_all_that_scores_depend_on(tiny_model: Any) -> None:
     assert compiled(folder).id == ids[0]
     item_plan = [
         Generation().compile(
-            GenerationSpec(name="t", data="x"), (item("a", target),), Target(load_tokenizer(folder), 512, PlanShape())
+            GenerationSpec(kind="generation", name="t", data="x"),
+            (item("a", target),),
+            Target(load_tokenizer(folder), 512, PlanShape()),
         )
         for target in ("b", "c")
     ]

@@ -143,7 +143,7 @@ def test_targets(tmp_path: Path) -> None:
     for target, expected in (("x", ("x",)), (3, ("3",)), (0.5, ("0.5",)), (["a", 2], ("a", "2"))):
         items = loaded(tmp_path, rows(answer=target), target="answer")
         assert {i.content.targets for i in items} == {expected}
-        assert GenerationSpec(name="t", data="x").answer_of(items[0].content) == expected[0]
+        assert GenerationSpec(kind="generation", name="t", data="x").answer_of(items[0].content) == expected[0]
 
 
 def test_questions_are_what_makes_items_equal(tmp_path: Path) -> None:
