@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from evomerge.errors import UserError, nearest
 from evomerge.library import located
@@ -124,11 +124,6 @@ class TaskSpec(BaseModel):
         if shares and self.data is None and self.needs_data:
             raise ValueError("splits: shares are cut from `data`, which is missing")
         return self
-
-    @model_serializer(mode="wrap")
-    def _with_kind(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # Also where defaults are left out, as in a resolved experiment: without it another kind would be read.
-        return {"name": self.name, "kind": self.kind, **plain(self)}
 
     @property
     def needs_data(self) -> bool:

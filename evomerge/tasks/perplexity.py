@@ -24,7 +24,7 @@ class PerplexitySpec(TaskSpec):
 
     metrics: ClassVar[Mapping[str, Direction]] = {"bits_per_byte": "lower", "loss": "lower"}
 
-    kind: Literal["perplexity"] = "perplexity"
+    kind: Literal["perplexity"]
     metric: str = Field("bits_per_byte", description="what the search optimises")
     report_metric: str = Field("bits_per_byte", description="what tables show")
     text: str = Field("{text}", description="template over the item's fields")

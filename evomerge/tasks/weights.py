@@ -17,7 +17,7 @@ class WeightsSpec(TaskSpec):
     metrics: ClassVar[Mapping[str, Direction]] = {"distance": "lower"}
     benchmark: ClassVar[bool] = False
 
-    kind: Literal["weights"] = "weights"
+    kind: Literal["weights"]
     metric: str = Field("distance", description="what the search optimises")
     report_metric: str = Field("distance", description="what is shown of a candidate")
 

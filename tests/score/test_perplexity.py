@@ -47,7 +47,7 @@ def items(texts: tuple[str, ...]) -> tuple[Item, ...]:
 
 
 def spec(**keys: Any) -> PerplexitySpec:
-    return validated(PerplexitySpec, {"name": "t", "data": "x.jsonl", **keys}, "task")
+    return validated(PerplexitySpec, {"name": "t", "kind": "perplexity", "data": "x.jsonl", **keys}, "task")
 
 
 def compiled(tokenizer: Any, texts: tuple[str, ...] = TEXTS, batch_tokens: int = 128, **keys: Any) -> PerplexityPlan:
