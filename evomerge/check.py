@@ -16,7 +16,10 @@ from evomerge.tasks.base import NOTHING, Allowed
 
 @dataclass(frozen=True)
 class Check:
-    """What `check` prints. Memory in bytes per worker, work per candidate on the search split."""
+    """What `check` prints. Memory in bytes per worker, work per candidate on the search split.
+
+    Tokens and operations are upper bounds, `seconds_at_least` a lower one; answers that models write lie between.
+    """
 
     name: str
     experiment_id: str
@@ -28,6 +31,7 @@ class Check:
     stages: tuple[dict[str, Any], ...]
     items: dict[str, dict[str, int]]
     tokens_per_candidate: int
+    least_tokens_per_candidate: int
     flop_per_candidate: float
     candidates: int | None
     memory_bytes: int
@@ -45,11 +49,12 @@ def check(experiment: Experiment, allow: Allowed = NOTHING) -> Check:
     items = prepared.items
     allowance = Allowance.of(experiment.search.budget, prepared.stages, items["search"].count)
     tokens = sum(p.tokens(p.splits["search"]) for p in prepared.plans.values())
-    flop = 2.0 * prepared.manifest.parameters * tokens
+    least = sum(p.least_tokens(p.splits["search"]) for p in prepared.plans.values())
+    per_token = 2.0 * prepared.manifest.parameters
     total = allowance.total
     seconds = None
     if prepared.device == "cpu" and total is not None:
-        seconds = total * flop / _cpu_flops(experiment.workers.threads) / experiment.workers.count
+        seconds = total * per_token * least / _cpu_flops(experiment.workers.threads) / experiment.workers.count
     return Check(
         name=experiment.name,
         experiment_id=prepared.experiment_id,
@@ -61,7 +66,8 @@ def check(experiment: Experiment, allow: Allowed = NOTHING) -> Check:
         stages=tuple(s.describe() for s in prepared.spaces),
         items={s: {t: len(p) for t, p in i.tasks.items()} for s, i in items.items()},
         tokens_per_candidate=tokens,
-        flop_per_candidate=flop,
+        least_tokens_per_candidate=least,
+        flop_per_candidate=per_token * tokens,
         candidates=total,
         memory_bytes=_memory(prepared),
         seconds_at_least=seconds,
@@ -114,8 +120,9 @@ def text(c: Check) -> str:
         lines.append(f"         {', '.join(names[:4])}" + (f", ... {names[-1]}" if len(names) > 5 else ""))
     for split, tasks in c.items.items():
         lines.append(f"{split:<8} {sum(tasks.values())} items: " + ", ".join(f"{t} {n}" for t, n in tasks.items()))
+    bound = "up to " if c.least_tokens_per_candidate < c.tokens_per_candidate else ""
     lines.append(
-        f"work     {c.tokens_per_candidate:,} tokens, {c.flop_per_candidate / 1e9:,.1f} GFLOP per candidate, "
+        f"work     {bound}{c.tokens_per_candidate:,} tokens, {c.flop_per_candidate / 1e9:,.1f} GFLOP per candidate, "
         + (f"{c.candidates} candidates" if c.candidates is not None else "limited by time")
     )
     lines.append(f"memory   {c.memory_bytes / 2**20:,.0f} MiB of weights per worker, activations apart")

@@ -159,7 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("path", type=Path)
 
     p = with_json(command("list", _list, "what there is"))
-    p.add_argument("what", choices=("methods", "algorithms", "spaces", "fitness", "experiments"))
+    p.add_argument("what", choices=("methods", "algorithms", "tasks", "presets", "spaces", "fitness", "experiments"))
 
     p = command("schema", _schema, "the JSON Schema of a file format, for editors")
     p.add_argument(
@@ -212,7 +212,8 @@ def _go(args: argparse.Namespace, experiment: Any, out: Path) -> int:
     from evomerge.report.results import results, text_table
     from evomerge.run import run
 
-    args.resume_with = f"evomerge resume {out}"
+    allowed = ("--allow-code", args.allow_code), ("--allow-test-set", args.allow_test_set)
+    args.resume_with = " ".join(["evomerge resume", str(out), *(flag for flag, given in allowed if given)])
     try:
         with _stoppable() as interrupted:
             history = run(
@@ -508,10 +509,12 @@ def _score(args: argparse.Namespace) -> int:
     else:
         scores = score_folder(args.model, fitness, splits=splits, device=device, allow=_allowed(args))
     rows = []
+    benchmarks = {t.name for t in fitness.benchmarks}
     for split, tasks in scores.items():
         for task, metrics in tasks.items():
             for metric, column in metrics.items():
-                score, low, high = interval(column)
+                # What is no benchmark is no sample either: exact, without an interval.
+                score, low, high = interval(column) if task in benchmarks else (float(column[0]),) * 3
                 rows.append(
                     {"task": task, "metric": metric, "split": split, "score": score, "low": low, "high": high}
                     | {"n": len(column)}
@@ -562,6 +565,15 @@ def _list(args: argparse.Namespace) -> int:
         from evomerge.search import ALGORITHMS
 
         rows = [{"name": n, "about": a.about} for n, a in ALGORITHMS.items()]
+    elif args.what == "tasks":
+        from evomerge.tasks import KINDS
+
+        rows = [{"name": n, "about": k.about} for n, k in KINDS.items()]
+    elif args.what == "presets":
+        from evomerge.tasks.presets import preset_files
+
+        for stem, (file, path) in preset_files().items():
+            rows += [{"name": n, "about": file.description, "path": str(path)} for n in file.names(stem)]
     else:
         kind = "search_spaces" if args.what == "spaces" else args.what
         for name, path in entries(kind).items():

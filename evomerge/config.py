@@ -161,6 +161,12 @@ class Experiment(_Part):
         assert isinstance(self.fitness, FitnessSpec)
         return self.fitness.tasks
 
+    @property
+    def benchmarks(self) -> tuple[Task, ...]:
+        """The tasks of the fitness that tables show."""
+        assert isinstance(self.fitness, FitnessSpec)
+        return self.fitness.benchmarks
+
     def algorithm_of(self, stage: Stage) -> tuple[str, Any]:
         """Name and options of a stage's algorithm. Raises UserError for wrong settings."""
         name = stage.algorithm or self.search.algorithm
@@ -194,7 +200,10 @@ def _plain_algorithm(name: str, options: Any) -> list[Any]:
     return [name, dict(vars(options))]
 
 
-LATER_KEYS = frozenset({"expert", "objectives", "constraints"})
+LATER_KEYS = frozenset(
+    {"expert", "objectives", "constraints", "few_shot", "chat_template", "system"}
+    | {"preset", "columns", "values", "edits", "gold_label", "gold_text", "labels"}
+)
 """Keys of fitness and spaces that came after journals of format 1; at their defaults they are no part of the identity,
 so that runs which began before them go on."""
 
@@ -206,6 +215,8 @@ def _without_text(part: Any) -> Any:
         # Items are in the plans' ids; where they lie does not matter.
         for key in ("data", "splits"):
             task.pop(key, None)
+        if task.get("few_shot"):
+            task["few_shot"].pop("data")
     return data
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from evomerge.errors import nearest
-from evomerge.library import find, located
+from evomerge.library import find
 from evomerge.schema import validated
 from evomerge.tasks import Task
+from evomerge.tasks.presets import expanded
 from evomerge.yamlio import load_yaml
 
 
@@ -80,8 +81,15 @@ class FitnessSpec(_Part):
     )
     floor: Floor | None = Field(None, description="price on tasks that fall below the base; not on forgetting itself")
 
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _presets(cls, tasks: Any) -> Any:
+        return [expanded(t) for t in tasks] if isinstance(tasks, list | tuple) else tasks
+
     @model_validator(mode="after")
     def _consistent(self) -> FitnessSpec:
+        if not self.benchmarks:
+            raise ValueError("tasks: none of these says how well a model does; add one that scores models on items")
         names = [t.name for t in self.tasks]
         if len(set(names)) < len(names):
             raise ValueError(f"tasks: the names must differ, got {names}")
@@ -116,6 +124,11 @@ class FitnessSpec(_Part):
                 )
 
     @property
+    def benchmarks(self) -> tuple[Task, ...]:
+        """The tasks that say how well a model does; tables show these."""
+        return tuple(t for t in self.tasks if t.benchmark)
+
+    @property
     def goals(self) -> tuple[Goal, ...]:
         """The objectives; one over all tasks where none are named."""
         return self.objectives or (Goal(name="loss", kind=self.objective),)
@@ -143,9 +156,4 @@ def resolve_fitness(spec: str | FitnessSpec, folder: Path) -> FitnessSpec:
     if isinstance(spec, str):
         path = find("fitness", spec, folder)
         return resolve_fitness(validated(FitnessSpec, load_yaml(path), str(path)), path.resolve().parent)
-    tasks = []
-    for task in spec.tasks:
-        splits = {s: str(located(folder, v)) if isinstance(v, str) else v for s, v in task.splits.items()}
-        data = str(located(folder, task.data)) if task.data is not None else None
-        tasks.append(task.model_copy(update={"splits": splits, "data": data}))
-    return spec.model_copy(update={"tasks": tuple(tasks)})
+    return spec.model_copy(update={"tasks": tuple(t.resolved(folder) for t in spec.tasks)})

@@ -1,4 +1,4 @@
-"""Finds entries of the three YAML libraries: the packaged copy first, then the checkout."""
+"""Finds entries of the YAML libraries: the packaged copy first, then the checkout."""
 
 from __future__ import annotations
 
@@ -7,7 +7,12 @@ from pathlib import Path
 
 from evomerge.errors import UserError, nearest
 
-KINDS = {"search_spaces": "search space", "fitness": "fitness", "experiments": "experiment"}
+KINDS = {
+    "search_spaces": "search space",
+    "fitness": "fitness",
+    "fitness/presets": "preset",
+    "experiments": "experiment",
+}
 
 
 def roots() -> Iterator[Path]:

@@ -72,6 +72,8 @@ class Objective:
         value = self._value(goal, scores)
         if self.spec.floor is not None and goal.kind != "forgetting":
             for task, weight in self.spec.weights_of(goal):
+                if not task.benchmark:
+                    continue
                 value += weight * self._price(task, goal.metric or task.metric, scores)
         return value
 

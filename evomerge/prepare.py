@@ -198,17 +198,33 @@ def load_items(tasks: Sequence[Task], allow: Allowed) -> dict[str, tuple[Item, .
     for t in tasks:
         if t.runs_code and not allow.code:
             raise UserError(f"task {t.name!r} runs code that the experiment names; read it, then add --allow-code")
-    return {t.name: t.load(Path.cwd()) for t in tasks}
+    items = {t.name: t.load(Path.cwd()) for t in tasks}
+    if not allow.test_sets:
+        for name, mine in items.items():
+            _refuse_test_sets(name, mine)
+    return items
+
+
+def _refuse_test_sets(task: str, items: Sequence[Item]) -> None:
+    """Raises UserError for items of known test sets in the splits that choose; the report split may hold them."""
+    found = [i for i in items if i.test_set is not None and i.split != "report"]
+    if found:
+        benchmarks = ", ".join(dict.fromkeys(str(i.test_set) for i in found))
+        raise UserError(
+            f"task {task!r}: {len(found)} of its search and select items are test questions of {benchmarks} "
+            f"(the first: {found[0].where}); give their file to splits.report only, or allow it with --allow-test-set"
+        )
 
 
 def compile_plans(
     tasks: Sequence[Task], items: Mapping[str, tuple[Item, ...]], base: Any, shape: PlanShape
 ) -> dict[str, Plan]:
     """Tokenise and lay out all tasks with the base's tokenizer. Raises UserError for items that do not fit."""
-    from evomerge.merge.live import load_tokenizer
+    from evomerge.merge.live import end_tokens, load_tokenizer
     from evomerge.score import make_scorer
 
-    target = Target(load_tokenizer(base.path), base.context_length, shape)
+    tokenizer = load_tokenizer(base.path)
+    target = Target(tokenizer, base.context_length, shape, end_tokens(base.path, tokenizer))
     return {t.name: make_scorer(t.kind).compile(t, items[t.name], target) for t in tasks}
 
 

@@ -85,7 +85,7 @@ class Terminal:
         """Print what will be done."""
         self._total = allowance.total
         self._minutes = allowance.budget.minutes
-        self._report_metrics = {t.name: t.report_metric for t in prepared.experiment.tasks}
+        self._report_metrics = {t.name: t.report_metric for t in prepared.experiment.benchmarks}
         stages = ", ".join(f"{len(s.axes)} axes" for s in prepared.spaces)
         budget = f"{self._total} candidates" if self._total is not None else f"{self._minutes:g} minutes"
         for text in prepared.notes:

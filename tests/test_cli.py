@@ -104,9 +104,11 @@ def test_interruption_prints_the_way_back(
     with monkeypatch.context() as m:
         m.setattr(InlineExecutor, "wait", interrupt)
         status, out, err = call(capsys, "run", small_experiment, "--out", tmp_path / "out")
+        again = call(capsys, "run", small_experiment, "--out", tmp_path / "out", "--allow-test-set")[2]
 
     assert (status, out) == (130, "")
     assert err.endswith(f"evomerge: interrupted; go on with: evomerge resume {tmp_path / 'out'}\n")
+    assert again.endswith(f"evomerge resume {tmp_path / 'out'} --allow-test-set\n")
     assert call(capsys, "resume", tmp_path / "out")[0] == 0
 
 
@@ -437,6 +439,8 @@ def test_bad_weights_fail_in_one_line(tiny_model: Any, tmp_path: Path, capsys: C
     [
         ("methods", {"linear", "task_arithmetic", "ties"}),
         ("algorithms", {"cma-es", "random"}),
+        ("tasks", {"multiple_choice", "generation", "perplexity", "weights"}),
+        ("presets", {"gsm8k", "mgsm-de", "svamp", "arc", "mmlu", "xcopa-it", "blimp"}),
         ("spaces", {"one-weight-per-expert", "per-layer", "ties", "coarse-to-fine"}),
         ("fitness", {"skills"}),
         ("experiments", {"quickstart"}),

@@ -22,17 +22,19 @@ LEVELS = tuple(
     tuple(line.split())
     for line in """
     errors canonical architectures merge.methods merge.masks merge export report report.figures
-    yamlio schema library files manifest stock tasks.rows journal pareto report.html
+    yamlio schema library files manifest stock tasks.rows tasks.test_sets journal pareto report.html
     hub
-    recipe pool licences tasks.base
-    proposal merge.bank merge.live tasks.multiple_choice report.coefficients
+    recipe pool licences tasks.base tasks.presets
+    proposal merge.bank merge.live tasks.prompts tasks.perplexity tasks.weights report.coefficients
+    tasks.multiple_choice tasks.generation
     tasks
     space score.plan workers rundir merge.pipeline
-    search.base score score.model merge.builder commit workers.inline workers.fake workers.units
+    search.base score score.model score.prompts merge.builder commit workers.inline workers.fake workers.units
     search.optuna_study search.recipes
     search.cmaes search.random_search search.ga search.greedy_soup search.frank_wolfe search.nsga2 search.tpe search.gp
     search.nsga3
-    workers.local workers.ray workers.child score.multiple_choice evaluate
+    workers.local workers.ray workers.child score.multiple_choice score.perplexity score.weights evaluate
+    score.generation
     search layer_swap fitness
     config
     objective budget
@@ -52,8 +54,9 @@ HEAVY = words("torch transformers safetensors cma ray optuna plotly scipy psutil
 IMPURE = words(
     """
     pool stock merge.masks merge.bank merge.live merge.pipeline merge.builder score.model score.multiple_choice
-    evaluate standalone check workers.child workers.ray export.hf export.verify report.results report.compare report.front
-    report.page inspect_pool licences export.card export.push report.pool_page
+    score.perplexity score.weights score.generation evaluate standalone check workers.child workers.ray export.hf
+    export.verify report.results report.compare report.front report.page inspect_pool licences export.card export.push
+    report.pool_page
     """
 )
 """May load heavy packages when they are imported; all others must not, so that the command line starts fast."""
@@ -171,7 +174,10 @@ print("MODULES", json.dumps(sorted({n.partition(".")[0] for n in sys.modules})))
 """
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["list", "methods"], ["list", "algorithms"], ["schema"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["list", "methods"], ["list", "algorithms"], ["list", "tasks"], ["list", "presets"], ["schema"]],
+)
 def test_start_up_is_light(arguments: list[str]) -> None:
     """Help and lists load none of torch, transformers, cma, ray, optuna and plotly."""
     done = subprocess.run([sys.executable, "-c", LIGHT, *arguments], capture_output=True, text=True, check=True)

@@ -60,15 +60,15 @@ def away(tmp_path: Path, installed: Path) -> Path:
 
 
 def test_wheel_holds_package_and_libraries(wheel: Path) -> None:
-    """Code, type marker or not, the three libraries, the quickstart's models and data, the licence."""
+    """Code, type marker or not, the libraries, the quickstart's models and data, the licence."""
     names = set(zipfile.ZipFile(wheel).namelist())
 
-    for kind in ("search_spaces", "fitness", "experiments"):
+    for kind in ("search_spaces", "fitness", "fitness/presets", "experiments"):
         mine = {p.relative_to(ROOT).as_posix() for p in (ROOT / kind).glob("*.yaml")}
         assert {f"evomerge/_library/{n}" for n in mine} <= names
     assert "evomerge/_library/experiments/quickstart/models/skills-base/model.safetensors" in names
     assert "evomerge/_library/experiments/quickstart/data/skill_add.jsonl" in names
-    assert "evomerge/merge/pipeline.py" in names
+    assert {"evomerge/merge/pipeline.py", "evomerge/tasks/test_sets.txt"} <= names
     assert any(n.endswith("LICENSE") for n in names)
     assert not any(n.startswith("tests/") or "__pycache__" in n for n in names)
 

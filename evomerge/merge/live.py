@@ -59,6 +59,27 @@ def load_tokenizer(folder: Path) -> Any:
         raise UserError(f"{folder}: no usable tokenizer ({reason})") from None
 
 
+def end_tokens(folder: Path, tokenizer: Any) -> tuple[int, ...]:
+    """The tokens that end what a model writes, as transformers' generate takes them: generation_config.json's, else
+    config.json's; where neither names one, the tokenizer's. Raises UserError for an unreadable file.
+    """
+    from transformers import AutoConfig, GenerationConfig
+
+    try:
+        if (folder / "generation_config.json").is_file():
+            ends = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id
+        else:
+            ends = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).eos_token_id
+    except (OSError, ValueError, TypeError, AttributeError) as e:
+        raise UserError(f"{folder}: no usable generation_config.json ({' '.join(str(e).split())[:200]})") from None
+    if ends is None:
+        ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    ids = ends if isinstance(ends, list | tuple) else [ends]
+    if not all(isinstance(i, int) for i in ids):
+        raise UserError(f"{folder}: eos_token_id should be a token's number or a list of them, got {ends!r}"[:300])
+    return tuple(sorted(set(ids)))
+
+
 def inference(device: torch.device, threads: int) -> None:
     """Set what scoring relies on: thread count, and full fp32 matrix products on CUDA."""
     torch.set_num_threads(threads)

@@ -149,7 +149,7 @@ def results(history: History, split: str = "report") -> Results:
     if winner is not None:
         for s in ("search", "select", "report"):
             if (scores := winner.scores(s)) is not None:
-                columns = [scores[t.name][t.report_metric] for t in history.experiment.tasks]
+                columns = [scores[t.name][t.report_metric] for t in history.experiment.benchmarks]
                 optimism[s] = mean_over_tasks(columns)[0]
     return Results(table, comparisons, history.winner_id, optimism, history.cached, history.looks)
 
@@ -157,7 +157,7 @@ def results(history: History, split: str = "report") -> Results:
 def cells(history: History, model: str, scores: Scores, split: str) -> list[Score]:
     """A model's row of the table: a cell for each task, then that of their mean."""
     out, columns = [], []
-    for t in history.experiment.tasks:
+    for t in history.experiment.benchmarks:
         column = scores[t.name][t.report_metric]
         columns.append(column)
         out.append(Score(model, t.name, t.report_metric, split, *interval(column), len(column)))
@@ -169,7 +169,7 @@ def cells(history: History, model: str, scores: Scores, split: str) -> list[Scor
 
 def _compare(history: History, model: str, winner: Scores, other: Scores, split: str) -> list[Comparison]:
     out, columns = [], []
-    for t in history.experiment.tasks:
+    for t in history.experiment.benchmarks:
         a, b = winner[t.name][t.report_metric], other[t.name][t.report_metric]
         columns.append(a.astype(np.float64) - b.astype(np.float64))
         out.append(Comparison(model, t.name, t.report_metric, split, *difference(a, b), len(a)))
@@ -178,7 +178,7 @@ def _compare(history: History, model: str, winner: Scores, other: Scores, split:
 
 
 def _metric(history: History) -> str:
-    return "+".join(sorted({t.report_metric for t in history.experiment.tasks}))
+    return "+".join(sorted({t.report_metric for t in history.experiment.benchmarks}))
 
 
 def text_table(history: History, split: str = "report") -> str:
@@ -186,7 +186,7 @@ def text_table(history: History, split: str = "report") -> str:
     r = results(history, split)
     if not r.table:
         return f"nothing is scored on the {split} split yet"
-    tasks = [*(t.name for t in history.experiment.tasks), MEAN]
+    tasks = [*(t.name for t in history.experiment.benchmarks), MEAN]
     names = list(dict.fromkeys(s.model for s in r.table))
     cell = {(s.model, s.task): f"{s.score:.3f} [{s.low:.2f}, {s.high:.2f}]" for s in r.table}
     n = {s.task: s.n for s in r.table}
@@ -224,13 +224,18 @@ def warnings_on(history: History, r: Results) -> list[str]:
     winner = history.entry(r.winner)
     if winner.role == "baseline":
         return [f"the search found nothing better than {winner.name!r}, which was there before"]
+    signs = {t.sign(t.report_metric) for t in history.experiment.benchmarks}
+    if len(signs) > 1:  # a mean of scores and losses orders nothing
+        return []
+    sign = signs.pop()
     mean = {s.model: s.score for s in r.table if s.task == MEAN}
-    better = [m for m in mean if m != "winner" and mean[m] > mean.get("winner", math.inf)]
+    better = [m for m in mean if m != "winner" and sign * mean[m] < sign * mean.get("winner", -sign * math.inf)]
     if not better:
         return []
-    best = max(better, key=lambda m: mean[m])
+    best = min(better, key=lambda m: sign * mean[m])
+    more = "higher" if sign < 0 else "lower"
     return [
-        f"{best!r} has a higher mean {_metric(history)} ({mean[best]:.3f}) than the winner: the search was too short, "
+        f"{best!r} has a {more} mean {_metric(history)} ({mean[best]:.3f}) than the winner: the search was too short, "
         "or its objective (the fitness's metrics, weights and floor) wants something else"
     ]
 

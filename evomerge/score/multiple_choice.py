@@ -29,13 +29,11 @@ from torch import Tensor
 
 from evomerge.architectures import ARCHITECTURES
 from evomerge.errors import UserError
-from evomerge.score.model import NonFinite
+from evomerge.score.model import NonFinite, prefix_token
 from evomerge.score.plan import Plan, Scorable, Target, places
+from evomerge.score.prompts import Prompter, shared_prefix
 from evomerge.tasks.base import Item
 from evomerge.tasks.multiple_choice import MultipleChoiceSpec
-
-MIN_PREFIX = 16
-"""Tokens. A shorter common prefix is cheaper to run with every item than to keep as keys and values."""
 
 
 @dataclass(frozen=True)
@@ -108,17 +106,17 @@ class MultipleChoice:
         Raises UserError naming the item where a choice adds no token, where an item is longer than the model's
         context, or where there is no end-of-text token to close choices with.
         """
-        tokenizer = target.tokenizer
+        prompter = Prompter(spec, target.tokenizer)
         closing: list[int] = []
         if spec.end_of_text:
-            if tokenizer.eos_token_id is None:
+            if target.tokenizer.eos_token_id is None:
                 raise UserError(f"task {spec.name!r}: end_of_text is set, but the tokenizer has no end-of-text token")
-            closing = [int(tokenizer.eos_token_id)]
+            closing = [int(target.tokenizer.eos_token_id)]
         contexts, answers = [], []
         for item in items:
-            context, choices = _encode(tokenizer, spec.prefix + item.content.prompt, item, closing)
+            context, choices = _encode(prompter, item, closing)
             if not context:
-                raise UserError(f"{item.where}: the prompt is empty and the tokenizer adds no token in front")
+                raise UserError(f"{item.where}: the prompt is empty and the tokenizer has no token to begin with")
             longest = len(context) + max(len(c) for c in choices)
             if longest > target.limit:
                 raise UserError(
@@ -126,8 +124,7 @@ class MultipleChoice:
                 )
             contexts.append(context)
             answers.append(choices)
-        shared = _common_prefix(contexts)
-        shared = shared if shared >= MIN_PREFIX else 0
+        shared = shared_prefix(contexts)
         trees = tuple(_tree(c[shared:], a, shared, item) for c, a, item in zip(contexts, answers, items, strict=True))
         prefix = np.array(contexts[0][:shared], dtype=np.int32)
         return ChoicePlan(**places(spec, items, target.shape), prefix=prefix, trees=trees)
@@ -183,28 +180,29 @@ def columns(sums: Sequence[NDArray[np.float64]], trees: Sequence[ChoiceTree]) ->
     return {n: np.ascontiguousarray(table[:, i]) for i, n in enumerate(names)}
 
 
-def _encode(tokenizer: Any, context: str, item: Item, closing: list[int]) -> tuple[list[int], list[list[int]]]:
-    """lm-eval's pair encoding: trailing blanks of the context belong to the choice."""
+def _encode(prompter: Prompter, item: Item, closing: list[int]) -> tuple[list[int], list[list[int]]]:
+    """lm-eval's pair encoding: trailing blanks of the context belong to the choice.
+
+    Where nothing stands in front of the choices, the prefix token does.
+    """
+    context = prompter.text(item.content)
     stripped = context.rstrip()
     blanks = context[len(stripped) :]
-    ids: list[int] = list(tokenizer(stripped)["input_ids"])
+    ids = prompter.tokens(stripped)
+    first = prefix_token(prompter.tokenizer)
+    bare = not ids
+    if bare and first is not None:
+        ids = [first]
     choices = []
     for text in item.content.choices:
-        whole: list[int] = list(tokenizer(stripped + blanks + text)["input_ids"])
+        whole = prompter.tokens(stripped + blanks + text)
+        if bare and whole[:1] != ids:
+            whole = ids + whole
         answer = whole[len(ids) :] + closing
         if len(whole) <= len(ids):
             raise UserError(f"{item.where}: the choice {text!r} adds no token to the prompt")
         choices.append(answer)
     return ids, choices
-
-
-def _common_prefix(rows: Sequence[list[int]]) -> int:
-    """Length of the longest common prefix that leaves every row at least one token."""
-    first, last = min(rows), max(rows)
-    n = 0
-    while n < min(len(first), len(last)) and first[n] == last[n]:
-        n += 1
-    return min(n, min(len(r) for r in rows) - 1)
 
 
 def _tree(context: Sequence[int], choices: Sequence[Sequence[int]], offset: int, item: Item) -> ChoiceTree:

@@ -28,11 +28,15 @@ class PlanShape:
 
 @dataclass(frozen=True)
 class Target:
-    """What tasks are compiled for: the base's tokenizer, its context length in tokens, and the batch shape."""
+    """What tasks are compiled for: the base's tokenizer, its context length in tokens, and the batch shape.
+
+    `ends` are the tokens that end what the model writes.
+    """
 
     tokenizer: Any
     limit: int
     shape: PlanShape
+    ends: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,10 @@ class Plan:
     def tokens(self, positions: Sequence[int]) -> int:
         """Tokens that the model computes for these items, padding apart; an upper bound where that is not known."""
         raise NotImplementedError
+
+    def least_tokens(self, positions: Sequence[int]) -> int:
+        """The same from below."""
+        return self.tokens(positions)
 
 
 def places(spec: TaskSpec, items: Sequence[Item], shape: PlanShape) -> dict[str, Any]:

@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Union
 from pydantic import Discriminator, Tag
 
 from evomerge.tasks.base import TaskSpec
+from evomerge.tasks.generation import GenerationSpec
 from evomerge.tasks.multiple_choice import MultipleChoiceSpec
+from evomerge.tasks.perplexity import PerplexitySpec
+from evomerge.tasks.weights import WeightsSpec
 
 
 class Kind(NamedTuple):
@@ -23,6 +26,11 @@ KINDS: Mapping[str, Kind] = {
     "multiple_choice": Kind(
         MultipleChoiceSpec, "evomerge.score.multiple_choice:MultipleChoice", "log-likelihood of given choices"
     ),
+    "generation": Kind(
+        GenerationSpec, "evomerge.score.generation:Generation", "what the model writes, compared with the answer"
+    ),
+    "perplexity": Kind(PerplexitySpec, "evomerge.score.perplexity:Perplexity", "bits per byte of given texts"),
+    "weights": Kind(WeightsSpec, "evomerge.score.weights:Weights", "distance of the weights from the base"),
 }
 
 

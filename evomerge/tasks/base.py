@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -18,11 +18,23 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from evomerge.errors import UserError, nearest
+from evomerge.library import located
 from evomerge.tasks.rows import Row, rows
+from evomerge.tasks.test_sets import test_set_of
 
 SPLITS = ("search", "select", "report")
 Split = Literal["search", "select", "report"]
 Direction = Literal["higher", "lower"]
+Edit = Literal["strip", "lower_first", "drop_last", "behind_hashes"]
+
+EDITS: Mapping[Edit, Callable[[str], str]] = {
+    "strip": str.strip,
+    "lower_first": lambda text: text[:1].lower() + text[1:],
+    "drop_last": lambda text: text.strip()[:-1],
+    "behind_hashes": lambda text: text.rpartition("####")[2].strip(),
+}
+"""Blanks at both ends off; the first letter small; blanks and then the last sign (the full stop) off; only what stands
+behind the last ####, the whole text where there is none."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +58,18 @@ class Parsed:
 
 @dataclass(frozen=True)
 class Item:
-    """One scored item; `content` is what its kind of task scores (for example `Choices`)."""
+    """One scored item; `content` is what its kind of task scores (for example `Choices`), `group` its `group_by`.
+
+    `test_set` names the known benchmark whose test set the item's row is of (`tasks/test_sets.py`).
+    """
 
     id: str
     split: str
     where: str
     digest: str
     content: Any
+    group: str | None = None
+    test_set: str | None = None
 
 
 class TaskSpec(BaseModel):
@@ -64,6 +81,8 @@ class TaskSpec(BaseModel):
     """Per-item columns that the kind's scorer gives, and which way is good."""
     runs_code: ClassVar[bool] = False
     """True where loading or scoring runs code that the experiment names."""
+    benchmark: ClassVar[bool] = True
+    """False where the metrics say nothing about how well a model does: no row of result tables, no floor."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
     kind: str
@@ -71,6 +90,18 @@ class TaskSpec(BaseModel):
     splits: Mapping[Split, float | str] = Field(
         default={"search": 0.6, "select": 0.2, "report": 0.2},
         description="each split: a share of `data`, or a file of its own",
+    )
+    preset: str | None = Field(None, description="whose keys are this task's defaults (`evomerge list presets`)")
+    columns: Mapping[str, tuple[str | tuple[str, ...], ...]] = Field(
+        default={},
+        description="new names for fields: name -> the first of these that a row has, each a field, a template with "
+        "{field} places, or a list of fields whose values become one list",
+    )
+    values: Mapping[str, Mapping[str, str]] = Field(
+        default={}, description="field -> its possible values and what stands for each, such as {cause: because}"
+    )
+    edits: Mapping[str, Edit] = Field(
+        default={}, description="field -> how its text, or each text of its list, changes"
     )
     group_by: str | None = Field(None, description="field whose equal values stay in one split")
     metric: str = Field(description="what the search optimises")
@@ -80,6 +111,8 @@ class TaskSpec(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> TaskSpec:
+        if self.preset is not None:
+            raise ValueError("preset: is known in a fitness; elsewhere call evomerge.tasks.presets.expanded first")
         for metric in (self.metric, self.report_metric):
             if metric not in self.directions:
                 raise ValueError(f"unknown metric {metric!r}{nearest(metric, self.directions)}")
@@ -105,6 +138,40 @@ class TaskSpec(BaseModel):
     def sign(self, metric: str) -> float:
         """+1 where more of the metric is worse (a loss), -1 where more is better."""
         return -1.0 if self.directions[metric] == "higher" else 1.0
+
+    def resolved(self, folder: Path) -> TaskSpec:
+        """The same task with absolute files, which stood relative to `folder`. Raises UserError for what is no path."""
+        splits = {s: str(located(folder, v)) if isinstance(v, str) else v for s, v in self.splits.items()}
+        data = None if self.data is None else str(located(folder, self.data))
+        return self.model_copy(update={"splits": splits, "data": data})
+
+    def rows(self, path: Path, who: str) -> Iterator[Row]:
+        """A file's rows with `columns`, `values` and `edits` applied, in this order. Raises UserError."""
+        for row in rows(path, who):
+            yield self._edited(self._replaced(self._named(row)))
+
+    def _named(self, row: Row) -> Row:
+        return row.with_fields(**{name: _first(row, name, options) for name, options in self.columns.items()})
+
+    def _replaced(self, row: Row) -> Row:
+        new = {}
+        for name, table in self.values.items():
+            found = row.field(name, "values")
+            if not isinstance(found, str) or found not in table:
+                raise row.bad(f"the field {name!r} should be one of {', '.join(table)}, got {found!r}"[:200])
+            new[name] = table[found]
+        return row.with_fields(**new)
+
+    def _edited(self, row: Row) -> Row:
+        new: dict[str, Any] = {}
+        for name, edit in self.edits.items():
+            found = row.field(name, "edits")
+            texts = found if isinstance(found, list) else [found]
+            if not all(isinstance(t, str) for t in texts):
+                raise row.bad(f"the field {name!r} should be text or a list of texts, got {found!r}"[:200])
+            changed = [EDITS[edit](t) for t in texts]
+            new[name] = changed if isinstance(found, list) else changed[0]
+        return row.with_fields(**new)
 
     def parse(self, row: Row) -> Parsed:
         """What this kind makes of a row. Raises UserError at the row's place."""
@@ -183,14 +250,34 @@ def item_digest(identity: str) -> str:
 
 def _read(spec: TaskSpec, path: Path) -> Iterator[tuple[Item, str]]:
     """All items of one file with their split keys."""
-    for row in rows(path, f"task {spec.name!r}"):
+    for row in spec.rows(path, f"task {spec.name!r}"):
         parsed = spec.parse(row)
         digest = item_digest(parsed.identity)
-        key = digest
-        if spec.group_by is not None:
-            key = f"group:{row.field(spec.group_by, 'group_by')}"
+        group = None if spec.group_by is None else str(row.field(spec.group_by, "group_by"))
+        key = digest if group is None else f"group:{group}"
         name = row.fields.get("id")
-        yield Item("" if name is None else str(name), "", row.where, digest, parsed.content), key
+        known = test_set_of(row.fields.values())
+        yield Item("" if name is None else str(name), "", row.where, digest, parsed.content, group, known), key
+
+
+def _first(row: Row, name: str, options: tuple[str | tuple[str, ...], ...]) -> Any:
+    """The value of the first option of `columns` whose fields a row has."""
+    for option in options:
+        if isinstance(option, tuple):
+            if all(row.has(o) for o in option):
+                return [row.field(o) for o in option]
+        elif "{" in option:
+            if all(row.has(o) for o in PLACE.findall(option)):
+                return render(option, row)
+        elif row.has(option):
+            return row.field(option)
+    wanted = ", ".join(repr(o) if isinstance(o, str) else repr(list(o)) for o in options)
+    there = ", ".join(map(str, row.fields))[:200]
+    raise row.bad(f"has none of {wanted} (columns: {name}); its fields are {there}")
+
+
+PLACE = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\}")
+"""A place in a template."""
 
 
 def render(template: str, row: Row) -> str:
@@ -203,4 +290,4 @@ def render(template: str, row: Row) -> str:
             raise row.bad(f"the field {name!r} should be text, got {type(found).__name__}")
         return str(found)
 
-    return re.sub(r"\{([A-Za-z_][A-Za-z0-9_]*)\}", value, template)
+    return PLACE.sub(value, template)

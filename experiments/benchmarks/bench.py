@@ -43,10 +43,12 @@ from evomerge.proposal import Job, WorkUnit
 from evomerge.recipe import Recipe
 from evomerge.run import run, search
 from evomerge.rundir import read_telemetry
+from evomerge.score.generation import Generation
 from evomerge.score.multiple_choice import ChoicePlan, ChoiceTree, MultipleChoice
-from evomerge.score.plan import PlanShape, Target
+from evomerge.score.plan import PlanShape, Scorable, Target
 from evomerge.space import RuleSpace
 from evomerge.tasks.base import Item
+from evomerge.tasks.generation import GenerationSpec, Question
 from evomerge.tasks.multiple_choice import Choices, MultipleChoiceSpec
 from evomerge.workers.fake import FakeEvaluator
 
@@ -194,17 +196,23 @@ def score() -> list[Row]:
     return [_score(256), _score(0)]
 
 
-def _score(prefix: int) -> Row:
+def _live(config: Any) -> Any:
+    """A live model with random weights."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as temporary:
-        AutoModelForCausalLM.from_config(llama_config(32000, 4, 384)).save_pretrained(temporary)
+        AutoModelForCausalLM.from_config(config).save_pretrained(temporary)
         pool = ModelPool.open(Path(temporary), {})
         manifest = pool.manifest()
         builder = Builder(Bank.load(pool, manifest, device()), "float32")
         model = live_model(Path(temporary), builder.views(), "float32")
     builder.build(Recipe.model_validate({"merge": []}).canonical(manifest))
+    return model
+
+
+def _score(prefix: int) -> Row:
+    model = _live(llama_config(32000, 4, 384))
     items = _items(np.random.Generator(np.random.PCG64(0)), n=24, prefix=prefix, context=40, answer=6)
     plan = _plan(items, PlanShape(GPU_BATCH_TOKENS if device().type == "cuda" else CPU_BATCH_TOKENS))
     scorer = MultipleChoice()
@@ -241,6 +249,9 @@ class _Words:
 
     eos_token_id = None
 
+    def decode(self, tokens: Tokens, **_: Any) -> str:
+        return " ".join(map(str, tokens))
+
     def __call__(self, text: str) -> dict[str, Tokens]:
         return {"input_ids": [int(w) for w in text.split()]}
 
@@ -276,6 +287,67 @@ def _padded(model: Any, items: list[tuple[Tokens, list[Tokens]]], batch: int = 8
             span = torch.arange(context - 1, context + answer - 1)
             sums.append(float(logp[i, span, torch.tensor(tokens[context:])].sum()))
     return [np.array(sums[i * 4 : i * 4 + 4]) for i in range(len(items))]
+
+
+# -- generation ------------------------------------------------------------------------------------------------
+
+
+def generation() -> list[Row]:
+    """Our greedy decoding against transformers' generate on the same batch, with a shared prefix and without."""
+    return [_generation(prefix, ending) for ending in (False, True) for prefix in (256, 0)]
+
+
+def _generation(prefix: int, ending: bool, n: int = 24, new: int = 64) -> Row:
+    """`ending`: answers end by themselves somewhere before `new` tokens; else all are as long as they may be."""
+    candidate = Scorable(_live(llama_config(32000, 4, 384)), _Words(), lambda: 0.0)
+    rng = np.random.Generator(np.random.PCG64(0))
+    rows = [c for c, _ in _items(rng, n=n, prefix=prefix, context=40, answer=1)]
+    spec = GenerationSpec(
+        kind="generation", name="bench", splits={"search": "-", "select": "-", "report": "-"}, max_tokens=new
+    )
+    items = tuple(
+        Item(str(i), "search", str(i), str(i), Question(" ".join(map(str, r)), ("-",))) for i, r in enumerate(rows)
+    )
+    shape = PlanShape(GPU_BATCH_TOKENS if device().type == "cuda" else CPU_BATCH_TOKENS)
+    positions = tuple(range(n))
+
+    def compiled(ends: tuple[int, ...]) -> Any:
+        return Generation().compile(spec, items, Target(_Words(), 2048, shape, ends))
+
+    ends: tuple[int, ...] = ()
+    if ending:  # tokens that random weights write at many different places
+        written = Generation().write(candidate, compiled(()), positions)
+        ends = tuple(sorted({w.tokens[int(rng.integers(new))] for w in written}))
+    plan = compiled(ends)
+
+    def ours() -> list[list[int]]:
+        return [list(w.tokens) for w in Generation().write(candidate, plan, positions)]
+
+    def theirs() -> list[list[int]]:
+        longest = max(map(len, rows))
+        ids = torch.tensor([[0] * (longest - len(r)) + r for r in rows], device=device())
+        mask = torch.tensor([[0] * (longest - len(r)) + [1] * len(r) for r in rows], device=device())
+        with torch.inference_mode():
+            out = candidate.model.generate(
+                ids,
+                attention_mask=mask,
+                do_sample=False,
+                max_new_tokens=new,
+                eos_token_id=list(ends) or None,
+                pad_token_id=0,
+            )[:, longest:].tolist()
+        return [r[: next((i for i, t in enumerate(r) if t in ends), len(r))] for r in out]
+
+    fast, slow = timed(ours, 3), timed(theirs, 3)
+    mine, other = ours(), theirs()
+    return {
+        "what": f"generate, {n} items, up to {new} tokens, {'ending early' if ending else 'all'}, prefix {prefix}",
+        "ours ms": fast * 1e3,
+        "generate ms": slow * 1e3,
+        "ratio": slow / fast,
+        "tokens": sum(map(len, mine)),
+        "items with other tokens": sum(a != b for a, b in zip(mine, other, strict=True)),
+    }
 
 
 # -- the whole -------------------------------------------------------------------------------------------------
@@ -399,6 +471,7 @@ def workers() -> list[Row]:
 BENCHES: dict[str, Callable[[], list[Row]]] = {
     "build": build,
     "score": score,
+    "generation": generation,
     "overhead": overhead,
     "messages": messages,
     "workers": workers,

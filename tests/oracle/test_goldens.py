@@ -47,6 +47,20 @@ def test_scoring_goldens_come_out_again(tmp_path: Path) -> None:
     np.testing.assert_allclose(list(_numbers(new)), list(_numbers(old)), atol=1e-4)
 
 
+def test_task_goldens_come_out_again(tmp_path: Path) -> None:
+    """lm-eval still gives the committed prompts, choices and answers, and its log-likelihoods to 1e-4 of a sum."""
+    out = tmp_path / "tasks.json"
+
+    _run("make_task_goldens.py", out)
+
+    new, old = (json.loads(p.read_text(encoding="utf-8")) for p in (out, GOLDENS / "tasks.json"))
+    assert new["prompts"] == old["prompts"]
+    for part in ("rolling", "blimp"):
+        there = list(_numbers(old["numbers"][part]))
+        assert len(there) >= 8
+        np.testing.assert_allclose(list(_numbers(new["numbers"][part])), there, atol=1e-4, rtol=1e-6)
+
+
 def _numbers(data: Any) -> Any:
     if isinstance(data, dict):
         for key in sorted(data):

@@ -12,7 +12,17 @@ import pytest
 from scipy import stats
 
 from evomerge.history import History
-from evomerge.report.results import difference, interval, mean_over_tasks, text_table
+from evomerge.prepare import fitness_of
+from evomerge.report.results import (
+    MEAN,
+    Results,
+    Score,
+    difference,
+    interval,
+    mean_over_tasks,
+    text_table,
+    warnings_on,
+)
 
 Column = np.ndarray[Any, Any]
 
@@ -204,3 +214,26 @@ def test_a_winner_that_was_there_before_is_pointed_out(finished_run: Path) -> No
 
     assert "the search found nothing better than 'one', which was there before" in text_table(as_winner)
     assert "which was there before" not in text_table(history)
+
+
+@pytest.mark.parametrize(("metric", "better"), [("accuracy", "other"), ("cross_entropy", "base")])
+def test_a_better_model_goes_by_the_metrics_direction(finished_run: Path, metric: str, better: str) -> None:
+    """Of scores the higher mean is better, of losses the lower; a mean of both orders nothing."""
+    history = History.read(finished_run)
+    fitness = fitness_of(history.experiment)
+    number = next(e.id for e in history.entries.values() if e.role == "search")
+    table = [Score(m, MEAN, metric, "report", x, x, x, 9) for m, x in (("base", 1.0), ("winner", 2.0), ("other", 3.0))]
+    mine = Results(table, [], number, {}, 0, 1)
+
+    def with_metrics(*metrics: str) -> History:
+        tasks = [t.model_copy(update={"report_metric": m}) for t, m in zip(fitness.tasks, metrics, strict=True)]
+        return replace(
+            history,
+            experiment=history.experiment.model_copy(
+                update={"fitness": fitness.model_copy(update={"tasks": tuple(tasks)})}
+            ),
+        )
+
+    [warning] = warnings_on(with_metrics(metric, metric), mine)
+    assert warning.startswith(f"{better!r} has a {'higher' if better == 'other' else 'lower'} mean {metric}")
+    assert warnings_on(with_metrics("accuracy", "cross_entropy"), mine) == []

@@ -15,8 +15,9 @@ from evomerge.architectures import ARCHITECTURES
 from evomerge.errors import UserError
 from evomerge.merge.live import load_tokenizer
 from evomerge.score.model import NonFinite
-from evomerge.score.multiple_choice import MIN_PREFIX, ChoicePlan, ChoiceTree, MultipleChoice, columns
+from evomerge.score.multiple_choice import ChoicePlan, ChoiceTree, MultipleChoice, columns
 from evomerge.score.plan import PlanShape, Scorable, Target
+from evomerge.score.prompts import MIN_PREFIX
 from evomerge.tasks.base import Item, load_items
 from evomerge.tasks.multiple_choice import Choices, MultipleChoiceSpec
 
@@ -301,20 +302,62 @@ def test_items_beyond_the_context_are_named(tiny_model: Any) -> None:
         compiled(folder, (*ITEMS, long))
 
 
-def test_empty_prompts_need_a_first_token(tiny_model: Any) -> None:
-    """An empty prompt is scored behind the tokenizer's first token, and refused where it adds none."""
+class NoStart:
+    """A tokenizer that puts nothing in front, as Qwen's."""
+
+    def __init__(self, folder: Path, bos: int | None, eos: int | None) -> None:
+        self.tokenizer, self.bos_token_id, self.eos_token_id = load_tokenizer(folder), bos, eos
+
+    def __call__(self, text: str) -> Any:
+        return self.tokenizer(text, add_special_tokens=False)
+
+
+@pytest.mark.parametrize(("bos", "eos", "first"), [(None, 2, 2), (1, 2, 1)])
+def test_empty_prompts_stand_behind_the_prefix_token(tiny_model: Any, bos: int | None, eos: int, first: int) -> None:
+    """Where prompt and tokenizer put nothing in front, BOS or else end-of-text does: the numbers of plain
+    transformers behind that token."""
+    folder = tiny_model("qwen2")
+    model, tokenizer = stock(folder), NoStart(folder, bos, eos)
+    plan = MultipleChoice().compile(spec(), (ITEMS[4],), Target(tokenizer, 256, PlanShape()))
+    ours = MultipleChoice().choice_logprobs(model, plan, (0,))[0]
+
+    for c, choice in enumerate(ITEMS[4].content.choices):
+        ids = [first, *tokenizer(choice)["input_ids"]]
+        with torch.inference_mode():
+            log_p = torch.log_softmax(model(torch.tensor([ids]), use_cache=False).logits[0].double(), -1)
+        wanted = sum(float(log_p[n - 1, ids[n]]) for n in range(1, len(ids)))
+        assert abs(ours[c] - wanted) < TOLERANCE * len(ids)
+
+
+def test_the_prefix_token_stands_once(tiny_model: Any) -> None:
+    """A choice that begins with the prefix token itself gets no second one, as in lm-eval."""
     folder = tiny_model("llama")
-    bare = load_tokenizer(folder)
+    tokenizer = NoStart(folder, 1, 2)
+    with_start = item("", ["<s>Once upon", "<s>Then"], 0)
+    plan = MultipleChoice().compile(spec(), (with_start,), Target(tokenizer, 256, PlanShape()))
 
-    class NoStart:
-        eos_token_id = bare.eos_token_id
+    assert tokenizer("<s>Once")["input_ids"][0] == 1
+    assert plan.trees[0].tokens.tolist().count(1) == 1
 
-        def __call__(self, text: str) -> Any:
-            return {"input_ids": bare(text, add_special_tokens=False)["input_ids"]}
 
-    assert len(compiled(folder, (ITEMS[4],)).trees[0].tokens) >= 1
+def test_empty_prompts_need_a_first_token(tiny_model: Any) -> None:
+    """An empty prompt is refused where the tokenizer has no token to begin with."""
+    target = Target(NoStart(tiny_model("llama"), None, None), 256, PlanShape())
+
     with pytest.raises(UserError, match=r"items\.jsonl:.*: the prompt is empty"):
-        MultipleChoice().compile(spec(), (ITEMS[4],), Target(NoStart(), 256, PlanShape()))
+        MultipleChoice().compile(spec(), (ITEMS[4],), target)
+
+
+def test_pairs_are_scored_as_by_lm_eval(quickstart: Path) -> None:
+    """Whole sentences behind an empty prompt (BLiMP): lm-eval's log-likelihoods on a real model."""
+    folder = quickstart / "models" / "skills-base"
+    goldens = json.loads((TESTS / "goldens" / "tasks.json").read_text(encoding="utf-8"))
+    pairs = [(row["choices"], n) for n, row in enumerate(goldens["prompts"]["blimp"])]
+    items = tuple(item("", choices, 0, str(n)) for choices, n in pairs)
+    plan = compiled(folder, items)
+    ours = MultipleChoice().choice_logprobs(stock(folder), plan, tuple(range(len(items))))
+
+    np.testing.assert_allclose(np.array(ours), goldens["numbers"]["blimp"], rtol=2e-6)
 
 
 def test_closing_needs_an_end_of_text_token(tiny_model: Any) -> None:
@@ -331,7 +374,7 @@ def test_a_choice_that_adds_no_token_is_named(tiny_model: Any) -> None:
     real = load_tokenizer(tiny_model("llama"))
 
     class Swallows:
-        eos_token_id = 2
+        bos_token_id, eos_token_id = 1, 2
 
         def __call__(self, text: str) -> Any:
             return real(text.removesuffix("#"))
