@@ -45,6 +45,11 @@ def check(experiment: Experiment, allow: Allowed = NOTHING) -> Check:
     items = prepared.items
     allowance = Allowance.of(experiment.search.budget, prepared.stages, items["search"].count)
     tokens = sum(p.tokens(p.splits["search"]) for p in prepared.plans.values())
+    uncounted = [
+        f"task {t!r}: what it computes is not known and not counted"
+        for t, p in prepared.plans.items()
+        if not p.tokens(p.splits["search"])
+    ]
     flop = 2.0 * prepared.manifest.parameters * tokens
     total = allowance.total
     seconds = None
@@ -79,7 +84,7 @@ def check(experiment: Experiment, allow: Allowed = NOTHING) -> Check:
         candidates=total,
         memory_bytes=_memory(prepared),
         seconds_at_least=seconds,
-        notes=prepared.notes,
+        notes=(*prepared.notes, *uncounted),
     )
 
 

@@ -202,8 +202,8 @@ def _without_text(part: Any) -> Any:
     data = _without_later_keys(part.model_dump(mode="json"), part.model_dump(mode="json", exclude_defaults=True))
     data.pop("description", None)
     for task in data.get("tasks", ()):
-        # Items are in the plans' ids; where they lie does not matter.
-        for key in ("data", "splits"):
+        # Items and code are in the plans' ids; where they lie does not matter.
+        for key in ("data", "splits", "include_path", "function"):
             task.pop(key, None)
     return data
 

@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from evomerge.errors import nearest
-from evomerge.library import find, located
+from evomerge.library import find
 from evomerge.schema import validated
 from evomerge.tasks import Task
 from evomerge.yamlio import load_yaml
@@ -110,9 +110,4 @@ def resolve_fitness(spec: str | FitnessSpec, folder: Path) -> FitnessSpec:
     if isinstance(spec, str):
         path = find("fitness", spec, folder)
         return resolve_fitness(validated(FitnessSpec, load_yaml(path), str(path)), path.resolve().parent)
-    tasks = []
-    for task in spec.tasks:
-        splits = {s: str(located(folder, v)) if isinstance(v, str) else v for s, v in task.splits.items()}
-        data = str(located(folder, task.data)) if task.data is not None else None
-        tasks.append(task.model_copy(update={"splits": splits, "data": data}))
-    return spec.model_copy(update={"tasks": tuple(tasks)})
+    return spec.model_copy(update={"tasks": tuple(t.resolved(folder) for t in spec.tasks)})

@@ -17,7 +17,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("errors", "canonical", "architectures", "merge.methods", "merge", "export", "report"),
     ("yamlio", "schema", "library", "files", "manifest", "tasks.rows", "journal", "pareto"),
     ("recipe", "pool", "tasks.base"),
-    ("proposal", "merge.bank", "merge.live", "tasks.multiple_choice"),
+    ("proposal", "merge.bank", "merge.live", "tasks.multiple_choice", "tasks.function", "tasks.lm_eval"),
     ("tasks",),
     ("space", "score.plan", "workers", "rundir", "merge.pipeline"),
     (
@@ -37,6 +37,8 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "workers.ray",
         "workers.child",
         "score.multiple_choice",
+        "score.function",
+        "score.lm_eval",
         "evaluate",
     ),
     ("search", "fitness"),
@@ -57,7 +59,7 @@ PURE = (
     *("errors", "canonical", "architectures", "yamlio", "schema", "library", "files", "manifest", "recipe", "proposal"),
     *("space", "journal", "rundir", "config", "objective", "budget", "commit", "session", "progress", "run", "prepare"),
     *("cli", "history", "merge.methods", "score", "score.plan", "search", "search.base", "fitness", "pareto"),
-    *("tasks", "tasks.base", "tasks.rows", "tasks.multiple_choice"),
+    *("tasks", "tasks.base", "tasks.rows", "tasks.multiple_choice", "tasks.function", "tasks.lm_eval"),
     *("search.cmaes", "search.random_search", "workers", "workers.inline", "workers.local", "workers.fake"),
     *("__init__", "__main__", "merge", "export", "report", "report.status", "export.mergekit", "export.record"),
 )

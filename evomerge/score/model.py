@@ -7,3 +7,7 @@ from evomerge.errors import RunError
 
 class NonFinite(RunError):
     """The model's logits are NaN or infinite."""
+
+
+class Altered(RunError):
+    """Scoring left the model other than it found it; what comes next needs a fresh one."""

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Union
 from pydantic import Discriminator, Tag
 
 from evomerge.tasks.base import TaskSpec
+from evomerge.tasks.function import FunctionSpec
+from evomerge.tasks.lm_eval import LmEvalSpec
 from evomerge.tasks.multiple_choice import MultipleChoiceSpec
 
 
@@ -23,6 +25,8 @@ KINDS: Mapping[str, Kind] = {
     "multiple_choice": Kind(
         MultipleChoiceSpec, "evomerge.score.multiple_choice:MultipleChoice", "log-likelihood of given choices"
     ),
+    "lm_eval": Kind(LmEvalSpec, "evomerge.score.lm_eval:LmEval", "a task of lm-evaluation-harness, in memory"),
+    "python": Kind(FunctionSpec, "evomerge.score.function:Function", "a Python function of your own"),
 }
 
 

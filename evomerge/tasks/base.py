@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from evomerge.errors import UserError, nearest
+from evomerge.library import located
 from evomerge.tasks.rows import Row, rows
 
 SPLITS = ("search", "select", "report")
@@ -60,10 +61,9 @@ class TaskSpec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    metrics: ClassVar[Mapping[str, Direction]] = {}
+    # Without a value here, so that a kind whose tasks name their own metrics can make this a key of theirs.
+    metrics: ClassVar[Mapping[str, Direction]]
     """Per-item columns that the kind's scorer gives, and which way is good."""
-    runs_code: ClassVar[bool] = False
-    """True where loading or scoring runs code that the experiment names."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
     kind: str
@@ -98,6 +98,16 @@ class TaskSpec(BaseModel):
         return True
 
     @property
+    def runs_code(self) -> bool:
+        """Whether loading or scoring runs code that the experiment names."""
+        return False
+
+    @property
+    def test_set(self) -> str | None:
+        """The known benchmark whose test items the search would look at, or None."""
+        return None
+
+    @property
     def directions(self) -> Mapping[str, Direction]:
         """Metric -> which way is good."""
         return self.metrics
@@ -105,6 +115,12 @@ class TaskSpec(BaseModel):
     def sign(self, metric: str) -> float:
         """+1 where more of the metric is worse (a loss), -1 where more is better."""
         return -1.0 if self.directions[metric] == "higher" else 1.0
+
+    def resolved(self, folder: Path) -> TaskSpec:
+        """The same task with absolute files, which stood relative to `folder`. Raises UserError for what is no path."""
+        splits = {s: str(located(folder, v)) if isinstance(v, str) else v for s, v in self.splits.items()}
+        data = None if self.data is None else str(located(folder, self.data))
+        return self.model_copy(update={"splits": splits, "data": data})
 
     def parse(self, row: Row) -> Parsed:
         """What this kind makes of a row. Raises UserError at the row's place."""
