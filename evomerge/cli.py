@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import json
 import math
+import re
 import signal
 import sys
 import time
@@ -127,6 +128,11 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("id", nargs="?", help="number of the candidate, or winner (default)")
     p.add_argument("--format", choices=("hf", "mergekit"), default="hf")
     p.add_argument("--to", type=Path, required=True, metavar="PATH")
+
+    p = with_json(command("import", _import, "write an experiment from a mergekit-evolve genome file"))
+    p.add_argument("genome", type=Path)
+    p.add_argument("--to", type=Path, required=True, metavar="EXPERIMENT.yaml")
+    p.add_argument("--include-path", type=Path, metavar="DIR", help="folder with lm-eval task files of your own")
 
     p = with_json(command("merge", _merge, "build one recipe into a checkpoint, without a search"))
     p.add_argument("recipe", type=Path)
@@ -326,6 +332,23 @@ def _write_export(history: History, number: int | None, form: str, target: Path)
         "candidate": number,
     }
     write_hf(target, recipe, pool, manifest, scores=scores, fitness=fitness, notes=notes)
+
+
+def _import(args: argparse.Namespace) -> int:
+    from evomerge.config import load
+    from evomerge.files import new_file
+    from evomerge.mergekit_evolve import to_experiment, to_yaml
+
+    name = re.sub(r"[^A-Za-z0-9_-]", "-", args.to.stem)
+    experiment = to_experiment(args.genome, name, args.include_path)
+    load(experiment)
+    new_file(args.to, to_yaml(experiment, args.genome.name))
+    _print(
+        args,
+        {"path": str(args.to), "experiment": experiment},
+        lambda: f"wrote {args.to}; read it, then: evomerge check {args.to}",
+    )
+    return 0
 
 
 def _merge(args: argparse.Namespace) -> int:

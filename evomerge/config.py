@@ -12,6 +12,7 @@ from evomerge.canonical import digest
 from evomerge.errors import UserError, nearest
 from evomerge.fitness import FitnessSpec, resolve_fitness
 from evomerge.library import find, located
+from evomerge.mergekit_evolve import is_genome_file
 from evomerge.schema import validated
 from evomerge.search import ALGORITHMS, make_options
 from evomerge.space import SpaceSpec
@@ -231,6 +232,11 @@ def load(source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | 
         data, where, folder = load_yaml(path), str(path), path.resolve().parent
         if not isinstance(data, dict):
             raise UserError(f"{path}: expected a mapping of keys, got {type(data).__name__}")
+        if is_genome_file(data):
+            raise UserError(
+                f"{path}: is a genome file of mergekit-evolve; make it an experiment first: "
+                f"evomerge import {path} --to experiment.yaml"
+            )
     for key, value in (overrides or {}).items():
         data = _set(data, key.split("."), value, key)
     if isinstance(data.get("search_space"), dict) and "stages" in data["search_space"]:

@@ -210,12 +210,15 @@ def lm_eval_task(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.M
     `process_results: module.function` names code among `files` (name -> text). lm-eval's caches stay in the folder.
     """
     import datasets
+    import huggingface_hub.constants
     import yaml
 
     cache = tmp_path_factory.mktemp("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(cache))
     monkeypatch.setenv("HF_DATASETS_CACHE", str(cache))  # for workers
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for constants in (datasets.config, huggingface_hub.constants):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
 
     def make(
         rows: Items,

@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "evomerge"
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("errors", "canonical", "architectures", "merge.methods", "merge", "export", "report"),
     ("yamlio", "schema", "library", "files", "manifest", "tasks.rows", "journal", "pareto"),
-    ("recipe", "pool", "tasks.base"),
+    ("recipe", "pool", "tasks.base", "mergekit_evolve"),
     ("proposal", "merge.bank", "merge.live", "tasks.multiple_choice", "tasks.function", "tasks.lm_eval"),
     ("tasks",),
     ("space", "score.plan", "workers", "rundir", "merge.pipeline"),
@@ -59,7 +59,15 @@ PURE = (
     *("errors", "canonical", "architectures", "yamlio", "schema", "library", "files", "manifest", "recipe", "proposal"),
     *("space", "journal", "rundir", "config", "objective", "budget", "commit", "session", "progress", "run", "prepare"),
     *("cli", "history", "merge.methods", "score", "score.plan", "search", "search.base", "fitness", "pareto"),
-    *("tasks", "tasks.base", "tasks.rows", "tasks.multiple_choice", "tasks.function", "tasks.lm_eval"),
+    *(
+        "mergekit_evolve",
+        "tasks",
+        "tasks.base",
+        "tasks.rows",
+        "tasks.multiple_choice",
+        "tasks.function",
+        "tasks.lm_eval",
+    ),
     *("search.cmaes", "search.random_search", "workers", "workers.inline", "workers.local", "workers.fake"),
     *("__init__", "__main__", "merge", "export", "report", "report.status", "export.mergekit", "export.record"),
 )

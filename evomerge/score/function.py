@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from evomerge.errors import RunError, UserError, nearest
 from evomerge.score.model import Altered
@@ -189,17 +190,27 @@ def state(model: Any) -> State:
     Buffers are left out: some rotary embeddings extend theirs with the length of their input.
     """
     parameters = dict(model.named_parameters())
-    sums = torch.stack([p.data.view(_BITS[p.element_size()]).sum(dtype=torch.int64) for p in parameters.values()])
+    sums = torch.stack([_bits(p.data) for p in parameters.values()]).tolist()
     return {
         "weights": {
-            name: (p.data_ptr(), p.dtype, p.shape, p._version, bits)
-            for (name, p), bits in zip(parameters.items(), sums.tolist(), strict=True)
+            # Tensors made under inference_mode have no version; ours are older.
+            name: (p.data_ptr(), p.dtype, p.shape, None if p.is_inference() else p._version, bits)
+            for (name, p), bits in zip(parameters.items(), sums, strict=True)
         },
         "modes or hooks": {
             name: (type(m), m.training, len(m._forward_hooks), len(m._forward_pre_hooks), "forward" in vars(m))
             for name, m in model.named_modules()
         },
     }
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """Sum over rows of the row's number times the sum of its bits as integers, modulo 2^64: rows cannot change places.
+
+    Exact, so that the smallest change shows; in floating point it could be rounded away.
+    """
+    rows = tensor.view(_BITS[tensor.element_size()]).reshape(-1, tensor.shape[-1]).sum(dim=-1, dtype=torch.int64)
+    return (rows * torch.arange(1, len(rows) + 1, device=rows.device)).sum()
 
 
 def changes(before: State, after: State) -> str:
