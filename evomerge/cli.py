@@ -201,7 +201,8 @@ def _go(args: argparse.Namespace, experiment: Any, out: Path) -> int:
     from evomerge.report.results import results, text_table
     from evomerge.run import run
 
-    args.resume_with = f"evomerge resume {out}"
+    allowed = [f"--{flag.replace('_', '-')}" for flag in ("allow_code", "allow_test_set") if getattr(args, flag)]
+    args.resume_with = " ".join(["evomerge resume", str(out), *allowed])
     try:
         with _stoppable() as interrupted:
             history = run(

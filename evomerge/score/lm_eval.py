@@ -89,7 +89,7 @@ class LmEval:
             **places(spec, items, target.shape),
             lm_task=spec.task,
             folder=folder,
-            code=version("lm_eval") if spec.include_path is None else _hash(Path(spec.include_path)),
+            code=version("lm_eval") + ("" if spec.include_path is None else f" {_hash(Path(spec.include_path))}"),
             metrics=tuple(spec.directions),
             filter=spec.filter,
             batch_size=spec.batch_size,

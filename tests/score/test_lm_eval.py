@@ -18,20 +18,17 @@ from evomerge.config import load
 from evomerge.errors import RunError, UserError
 from evomerge.merge.live import load_tokenizer
 from evomerge.prepare import prepare
+from evomerge.proposal import Job, WorkUnit
 from evomerge.run import run
 from evomerge.schema import validated
 from evomerge.score.lm_eval import LmEval, LmEvalPlan
 from evomerge.score.model import NonFinite
 from evomerge.score.multiple_choice import MultipleChoice
 from evomerge.score.plan import PlanShape, Scorable, Target
+from evomerge.standalone import score_folder
 from evomerge.tasks.base import Allowed
 from evomerge.tasks.lm_eval import LmEvalSpec
 from evomerge.tasks.multiple_choice import MultipleChoiceSpec
-
-pytestmark = [
-    # lm-eval and what it needs, at import of their own modules.
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:(lm_eval|datasets|dill|multiprocess|sacrebleu|nltk).*"),
-]
 
 Folder = Callable[..., Path]
 
@@ -277,6 +274,39 @@ def test_a_result_that_is_no_number_is_a_failure(tiny_model: Any, lm_eval_task: 
 
     with pytest.raises(RunError, match="lm-eval's 'acc' should be a number for each doc, got None"):
         LmEval().score(scorable(tiny_model()), plan, (0,))
+
+
+def test_an_item_is_never_its_own_example(tiny_model: Any, lm_eval_task: Folder) -> None:
+    """Also where the training docs, from which examples come, are scored."""
+    rows = [{**row, "question": f"n{n}:"} for n, row in enumerate(ROWS[:12])]
+    tests = [{**row, "question": f"m{n}:"} for n, row in enumerate(ROWS)]
+    splits = {"search": 0.5, "select": 0.5, "report": "test"}
+    for settings in ({}, {"fewshot_split": None}):
+        folder = lm_eval_task(tests, training=rows, num_fewshot=4, **settings)
+        plan = compiled(spec(folder, data="training", splits=splits), tiny_model())
+        for doc, requests in zip(plan.docs, plan.requests, strict=True):
+            prompt = requests[0][1][0]
+            assert prompt.count(doc["question"]) == 1
+            assert prompt.endswith(doc["question"])
+            assert prompt.count("\n\n") == 4
+
+
+def test_tied_weights_stay_those_that_are_built(quickstart: Path, lm_eval_task: Folder) -> None:
+    """An expert's recipe, built after the base's in the same worker, scores as its folder alone."""
+    rows = rows_of(quickstart / "data" / "skill_attr.jsonl", 60)
+    task = {"name": "mine", "kind": "lm_eval", "task": "mine", "include_path": str(lm_eval_task(rows))}
+    prepared = prepare(load("quickstart", {"fitness": {"tasks": [task]}}), allow=Allowed(code=True))
+    evaluator, out = prepared.evaluator()(), {}
+    for name in ("base", "attr", "base"):
+        job = Job(0, 0, prepared.baselines()[name], prepared.items["report"])
+        [(result, _)] = evaluator.evaluate(WorkUnit(0, (job,)))
+        out[name] = result.scores["mine"]["acc"]
+        fitness = prepared.experiment.fitness
+        folder = quickstart / "models" / f"skills-{name}"
+        alone = score_folder(folder, fitness, splits=("report",), allow=Allowed(code=True))["report"]
+        assert np.array_equal(out[name], alone["mine"]["acc"])
+
+    assert out["attr"].mean() != out["base"].mean()
 
 
 # -- a whole run ----------------------------------------------------------------------------------------------
