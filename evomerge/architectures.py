@@ -1,6 +1,8 @@
 """Which tensors form which block, by architecture. One row a family; no torch.
 
 Blocks are `embed`, `layers.<i>.attention`, `layers.<i>.mlp`, `layers.<i>.norm`, `final_norm` and `head`.
+Names are those of transformers' live models; what a checkpoint calls them is `stock.py`'s business. Families
+without a row are derived from the stock model's names by `derived_block`.
 """
 
 from __future__ import annotations
@@ -16,18 +18,17 @@ MODULES = ("embed", "attention", "mlp", "norm", "final_norm", "head")
 class Architecture:
     """Tensor-name patterns of one family: `layer` captures (index, rest); `modules` maps a prefix of rest."""
 
-    embed: str
+    embed: tuple[str, ...]
     final_norm: str
-    head: str
     layer: re.Pattern[str]
     modules: Mapping[str, str]
-    ignored: re.Pattern[str]
+    head: tuple[str, ...] = ("lm_head.weight", "lm_head.bias")
 
     def block_of(self, tensor: str) -> str | None:
         """The block a tensor belongs to, or None for a name this family does not have."""
-        if tensor == self.embed:
+        if tensor in self.embed:
             return "embed"
-        if tensor == self.head:
+        if tensor in self.head:
             return "head"
         if tensor.rpartition(".")[0] == self.final_norm:
             return "final_norm"
@@ -42,9 +43,8 @@ class Architecture:
 
 
 _LLAMA = Architecture(
-    embed="model.embed_tokens.weight",
+    embed=("model.embed_tokens.weight",),
     final_norm="model.norm",
-    head="lm_head.weight",
     layer=re.compile(r"model\.layers\.(\d+)\.(.+)"),
     modules={
         "self_attn.": "attention",
@@ -52,8 +52,16 @@ _LLAMA = Architecture(
         "input_layernorm.": "norm",
         "post_attention_layernorm.": "norm",
     },
-    # Old checkpoints stored the rotary table, which transformers computes itself.
-    ignored=re.compile(r".*rotary_emb\.inv_freq"),
+)
+_GEMMA2 = Architecture(
+    embed=_LLAMA.embed,
+    final_norm=_LLAMA.final_norm,
+    layer=_LLAMA.layer,
+    modules={
+        **_LLAMA.modules,
+        "pre_feedforward_layernorm.": "norm",
+        "post_feedforward_layernorm.": "norm",
+    },
 )
 
 ARCHITECTURES: Mapping[str, Architecture] = {
@@ -61,8 +69,73 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
+    "gemma": _LLAMA,
+    "gemma2": _GEMMA2,
+    "gemma3_text": _GEMMA2,
+    "phi3": _LLAMA,
+    "phi": Architecture(
+        embed=_LLAMA.embed,
+        final_norm="model.final_layernorm",
+        layer=_LLAMA.layer,
+        modules=_LLAMA.modules,
+    ),
+    "gpt2": Architecture(
+        embed=("transformer.wte.weight", "transformer.wpe.weight"),
+        final_norm="transformer.ln_f",
+        layer=re.compile(r"transformer\.h\.(\d+)\.(.+)"),
+        modules={"attn.": "attention", "mlp.": "mlp", "ln_1.": "norm", "ln_2.": "norm"},
+    ),
+    "gpt_neox": Architecture(
+        embed=("gpt_neox.embed_in.weight",),
+        final_norm="gpt_neox.final_layer_norm",
+        layer=re.compile(r"gpt_neox\.layers\.(\d+)\.(.+)"),
+        modules={
+            "attention.": "attention",
+            "mlp.": "mlp",
+            "input_layernorm.": "norm",
+            "post_attention_layernorm.": "norm",
+        },
+    ),
 }
-"""Keyed by `model_type` of config.json."""
+"""Keyed by `model_type` of config.json. The scorer's branches are checked against plain transformers for each."""
+
+
+# -- families without a row -----------------------------------------------------------------------------------
+
+_WITHIN = (
+    ("norm", re.compile(r"norm|(^|_)ln(_|\d|$)"), True),
+    ("attention", re.compile(r"attn|attention"), True),
+    ("mlp", re.compile(r"mlp|ffn|feed_?forward|^ff$|^fc_?\d|moe|experts"), True),
+    ("attention", re.compile(r"mixer|mamba|ssm|conv|recurrent|temporal|rg_lru"), False),
+)
+"""(module, what a part of a name says, whether it says so): what mixes tokens without attention counts as it."""
+_EMBED = re.compile(r"embed|wpe|position")
+
+
+def derived_block(tensor: str, layer: re.Pattern[str], embed: frozenset[str], head: frozenset[str]) -> tuple[str, bool]:
+    """(block, whether the name says so) of a tensor of any causal language model.
+
+    `layer` captures (index, rest) as in `Architecture`; `embed` and `head` are the tensors of the two
+    embeddings. Within a layer the first part of the name that speaks of norm, attention or MLP decides, and what
+    speaks of none counts as MLP. Outside, positions and what is named after the embedding go with it, other
+    norms are the final norm, and the rest counts as head.
+    """
+    if tensor in embed:
+        return "embed", True
+    if tensor in head:
+        return "head", True
+    found = layer.fullmatch(tensor)
+    if found is not None:
+        index, rest = found.groups()
+        for part in rest.split("."):
+            for module, pattern, sure in _WITHIN:
+                if pattern.search(part):
+                    return f"layers.{int(index)}.{module}", sure
+        return f"layers.{int(index)}.mlp", False
+    norm = any(_WITHIN[0][1].search(part) for part in tensor.split("."))
+    if _EMBED.search(tensor):
+        return "embed", not norm
+    return ("final_norm", True) if norm else ("head", False)
 
 
 def block_order(block: str) -> tuple[int, int, int]:

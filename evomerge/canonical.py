@@ -41,6 +41,6 @@ def decode_array(data: Any) -> NDArray[Any]:
     shape = data["shape"]
     if not isinstance(data["b64"], str) or not isinstance(shape, list):
         raise ValueError("not an encoded array")
-    if not all(isinstance(n, int) and n >= 0 for n in shape):
+    if not all(type(n) is int and 0 <= n < 2**48 for n in shape):  # True is an int, too
         raise ValueError(f"an encoded array of the shape {shape!r}")
     return np.frombuffer(base64.b64decode(data["b64"], validate=True), dtype=data["dtype"]).reshape(shape)

@@ -115,13 +115,22 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("other", type=Path)
     p.add_argument("--split", choices=("search", "select", "report"), default="report")
 
+    p = with_json(command("front", _front, "the non-dominated candidates of a run for several objectives"))
+    p.add_argument("dir", type=Path)
+    pick = p.add_mutually_exclusive_group()
+    pick.add_argument("--prefer", action="append", metavar="OBJECTIVE=WEIGHT", help="pick by weights of objectives")
+    pick.add_argument("--knee", action="store_true", help="pick where giving up little gains most")
+    pick.add_argument("--best", metavar="TASK", help="pick the best on one task, among those that meet --where")
+    p.add_argument("--where", action="append", default=[], metavar="TASK>=X", help="with --best; may be repeated")
+
     p = with_json(command("show", _show, "one candidate with its recipe and scores"))
     p.add_argument("dir", type=Path)
     p.add_argument("id", nargs="?", help="number of the candidate, or winner (default)")
 
-    p = with_json(command("report", _report, "the table of baselines and winner, with intervals and paired tests"))
+    p = with_json(command("report", _report, "the table of baselines and winner, and the page with the figures"))
     p.add_argument("dir", type=Path)
-    p.add_argument("--split", choices=("search", "select", "report"), default="report")
+    p.add_argument("--split", choices=("search", "select", "report"), default="report", help="of the printed table")
+    p.add_argument("--html", type=Path, metavar="PATH", help="where the page goes (default DIR/report.html)")
 
     p = with_json(command("export", _export, "write a candidate as a checkpoint or a mergekit configuration"))
     p.add_argument("dir", type=Path)
@@ -198,6 +207,7 @@ def _resume(args: argparse.Namespace) -> int:
 def _go(args: argparse.Namespace, experiment: Any, out: Path) -> int:
     from evomerge.commit import Interrupted
     from evomerge.progress import Terminal
+    from evomerge.report.page import write_page
     from evomerge.report.results import results, text_table
     from evomerge.run import run
 
@@ -219,11 +229,17 @@ def _go(args: argparse.Namespace, experiment: Any, out: Path) -> int:
         target = out / "exports" / experiment.export.format
         if not target.exists():
             _write_export(history, history.winner_id, experiment.export.format, target)
+    try:
+        page = f"page: {write_page(history)}"
+    except RunError as e:  # takes nothing from the run, which is whole in its journal
+        page = f"no page: {_line(e)}; make one with: evomerge report {out} --html PATH"
+        print(f"evomerge: {page}", file=sys.stderr)
     _print(
         args,
         {"dir": str(out), **results(history).to_json()},
         lambda: (
-            f"{text_table(history)}\n\nrun directory: {out}\nnext: evomerge show {out}, evomerge export {out} --to PATH"
+            f"{text_table(history)}\n\n{page}\nrun directory: {out}\n"
+            f"next: evomerge show {out}, evomerge export {out} --to PATH"
         ),
     )
     return 0
@@ -287,12 +303,49 @@ def _show(args: argparse.Namespace) -> int:
     return 0
 
 
-def _report(args: argparse.Namespace) -> int:
+def _front(args: argparse.Namespace) -> int:
     from evomerge.history import History
-    from evomerge.report.results import results, text_table
+    from evomerge.report.front import best_where, front, front_text, knee, preferred
+    from evomerge.report.status import candidate, candidate_text
 
     history = History.read(args.dir)
+    if args.where and not args.best:
+        raise UserError("--where goes with --best TASK")
+    if not (args.prefer or args.knee or args.best):
+        data = front(history)
+        _print(args, data, lambda: front_text(data))
+        return 0
+    if args.prefer:
+        weights = {}
+        for text in args.prefer:
+            name, _, weight = text.partition("=")
+            try:
+                weights[name] = float(weight)
+            except ValueError:
+                raise UserError(f"--prefer {text}: expected OBJECTIVE=WEIGHT, for example math=2") from None
+        number = preferred(history, weights)
+    else:
+        number = knee(history) if args.knee else best_where(history, args.best, args.where)
+    picked = candidate(history, number)
+    _print(args, picked, lambda: candidate_text(history, picked))
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from evomerge.history import History
+    from evomerge.report.page import write_page
+    from evomerge.report.results import results, text_table
+
+    if args.html is not None and args.html.suffix != ".html":
+        raise UserError(f"--html {args.html}: expected a file name that ends in .html")
+    history = History.read(args.dir)
     _print(args, results(history, args.split).to_json(), lambda: text_table(history, args.split))
+    sys.stdout.flush()
+    try:
+        page = write_page(history, args.html)
+    except RunError as e:
+        raise RunError(f"{_line(e)}; choose another place for the page with --html PATH") from None
+    print(f"page: {page}", file=sys.stderr)
     return 0
 
 

@@ -11,7 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from evomerge.canonical import digest
 from evomerge.errors import UserError, nearest
 from evomerge.fitness import FitnessSpec, resolve_fitness
-from evomerge.library import find, located
+from evomerge.hub import named
+from evomerge.library import find
 from evomerge.mergekit_evolve import is_genome_file
 from evomerge.schema import validated
 from evomerge.search import ALGORITHMS, make_options
@@ -25,7 +26,7 @@ class _Part(BaseModel):
 
 
 class Models(_Part):
-    """The pool. Paths are relative to the experiment's file."""
+    """The pool: folders, relative to the experiment's file, or hub ids such as org/name or org/name@revision."""
 
     base: str
     experts: Mapping[str, str] = Field(min_length=1)
@@ -194,7 +195,7 @@ def _plain_algorithm(name: str, options: Any) -> list[Any]:
     return [name, dict(vars(options))]
 
 
-LATER_KEYS = frozenset({"expert", "objectives"})
+LATER_KEYS = frozenset({"expert", "objectives", "constraints"})
 """Keys of fitness and spaces that came after journals of format 1; at their defaults they are no part of the identity,
 so that runs which began before them go on."""
 
@@ -288,8 +289,8 @@ def parse_overrides(pairs: list[str]) -> dict[str, Any]:
 def _resolved_models(models: Models, folder: Path) -> Models:
     return models.model_copy(
         update={
-            "base": str(located(folder, models.base)),
-            "experts": {n: str(located(folder, p)) for n, p in models.experts.items()},
+            "base": named(folder, models.base),
+            "experts": {n: named(folder, p) for n, p in models.experts.items()},
         }
     )
 

@@ -7,10 +7,10 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
+from evomerge.hub import folder_of
 from evomerge.manifest import Manifest
 from evomerge.merge.bank import Bank
 from evomerge.merge.builder import Builder
@@ -25,10 +25,10 @@ from evomerge.score.plan import Plan, Scorable
 
 @dataclass(frozen=True)
 class EvaluatorSpec:
-    """All that a worker needs, picklable: paths travel, weights never do."""
+    """All that a worker needs, picklable: paths and pinned hub ids travel, weights never do."""
 
-    base: Path
-    experts: Mapping[str, Path]
+    base: str
+    experts: Mapping[str, str]
     manifest: Manifest
     dtype: str
     plans: Mapping[str, Plan]
@@ -43,9 +43,10 @@ class MergeEvaluator:
         """Load everything once. Raises UserError for a pool that changed since it was checked."""
         self.device = torch.device(spec.device)
         inference(self.device, spec.threads)
-        pool = ModelPool.open(spec.base, spec.experts, spec.manifest.base)
+        experts = {n: folder_of(p) for n, p in spec.experts.items()}
+        pool = ModelPool.open(folder_of(spec.base), experts, spec.manifest.base)
         self._builder = Builder(Bank.load(pool, spec.manifest, self.device), spec.dtype)
-        self._base = spec.base
+        self._base = pool.checkpoints[pool.base].path
         self._candidate = self._scorable()
         self._plans = spec.plans
         cuda = self.device.type == "cuda"

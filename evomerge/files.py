@@ -6,7 +6,7 @@ import glob
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from evomerge.errors import RunError, UserError
@@ -69,15 +69,27 @@ def new_file(target: Path, text: str) -> None:
     target = Path(os.path.abspath(target))
     if target.exists():
         raise UserError(f"{target}: exists; choose another --to")
+    replace_file(target, text)
+
+
+def replace_file(target: Path, text: str) -> None:
+    """Write a text file, whole or not at all, in the place of an older one or of a link.
+
+    Raises RunError where it cannot be written.
+    """
+    target = Path(os.path.abspath(target))
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
+        temporary.unlink(missing_ok=True)
+        with temporary.open("x", encoding="utf-8") as f:  # a new file: no link is followed
+            f.write(text)
         _sync(temporary)
-        temporary.rename(target)
+        temporary.replace(target)
         _sync(target.parent)
     except BaseException as e:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # the folder may be none
+            temporary.unlink()
         if isinstance(e, OSError):
             raise RunError(f"{target}: cannot be written ({e.strerror or e})") from None
         raise

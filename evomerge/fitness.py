@@ -49,6 +49,23 @@ class Goal(_Part):
         return self
 
 
+class Constraint(Goal):
+    """A limit on what an objective could be: candidates beyond it rank behind all that keep it."""
+
+    at_most: float | None = Field(None, description="for forgetting, and for metrics where lower is better")
+    at_least: float | None = Field(None, description="for recovered gain, and for metrics where higher is better")
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> Constraint:
+        if (self.at_most is None) == (self.at_least is None):
+            raise ValueError("exactly one of at_most and at_least is needed")
+        if self.kind == "forgetting" and self.at_most is None:
+            raise ValueError("forgetting is limited by at_most")
+        if self.kind == "recovered_gain" and self.at_least is None:
+            raise ValueError("recovered gain is limited by at_least")
+        return self
+
+
 class FitnessSpec(_Part):
     """What is good: tasks, and how their scores become one loss, or several for a search along a Pareto front."""
 
@@ -58,6 +75,9 @@ class FitnessSpec(_Part):
         "weighted_mean", description="the only objective, over all tasks (see the kinds of `objectives`)"
     )
     objectives: tuple[Goal, ...] = Field((), description="in place of `objective`: one or several, each minimised")
+    constraints: tuple[Constraint, ...] = Field(
+        (), description="limits, for example {name: kept, kind: forgetting, at_most: 0.02}"
+    )
     floor: Floor | None = Field(None, description="price on tasks that fall below the base; not on forgetting itself")
 
     @model_validator(mode="after")
@@ -67,21 +87,33 @@ class FitnessSpec(_Part):
             raise ValueError(f"tasks: the names must differ, got {names}")
         if self.objectives and "objective" in self.model_fields_set:
             raise ValueError("objective and objectives exclude one another; keep one")
-        titles = [g.name for g in self.objectives]
-        if len(set(titles)) < len(titles):
-            raise ValueError(f"objectives: the names must differ, got {titles}")
-        tasks = {t.name: t for t in self.tasks}
-        for goal in self.objectives:
-            for name in goal.tasks or ():
-                if name not in tasks:
-                    raise ValueError(f"objectives: {goal.name}: there is no task {name!r}{nearest(name, tasks)}")
-            for task, _ in self.weights_of(goal):
-                if goal.metric is not None and goal.metric not in task.directions:
-                    raise ValueError(
-                        f"objectives: {goal.name}: task {task.name!r} has no metric {goal.metric!r}"
-                        f"{nearest(goal.metric, task.directions)}"
-                    )
+        for key, goals in (("objectives", self.objectives), ("constraints", self.constraints)):
+            titles = [g.name for g in goals]
+            if len(set(titles)) < len(titles):
+                raise ValueError(f"{key}: the names must differ, got {titles}")
+            for goal in goals:
+                self._check_goal(goal, f"{key}: {goal.name}")
         return self
+
+    def _check_goal(self, goal: Goal, where: str) -> None:
+        tasks = {t.name: t for t in self.tasks}
+        for name in goal.tasks or ():
+            if name not in tasks:
+                raise ValueError(f"{where}: there is no task {name!r}{nearest(name, tasks)}")
+        ways = set()
+        for task, _ in self.weights_of(goal):
+            metric = goal.metric or task.metric
+            if metric not in task.directions:
+                raise ValueError(
+                    f"{where}: task {task.name!r} has no metric {metric!r}{nearest(metric, task.directions)}"
+                )
+            ways.add(task.directions[metric])
+        if isinstance(goal, Constraint) and goal.kind == "weighted_mean":
+            wanted = "higher" if goal.at_most is None else "lower"
+            if ways != {wanted}:
+                raise ValueError(
+                    f"{where}: at_least is for metrics where higher is better, at_most for those where lower is"
+                )
 
     @property
     def goals(self) -> tuple[Goal, ...]:
@@ -101,7 +133,8 @@ class FitnessSpec(_Part):
 
     def metrics_of(self, task: Task) -> tuple[str, ...]:
         """The columns of a task that objectives and tables read."""
-        used = [g.metric for g in self.goals if g.metric and any(t.name == task.name for t, _ in self.weights_of(g))]
+        goals = (*self.goals, *self.constraints)
+        used = [g.metric for g in goals if g.metric and any(t.name == task.name for t, _ in self.weights_of(g))]
         return tuple(dict.fromkeys([task.metric, task.report_metric, *used]))
 
 

@@ -38,6 +38,7 @@ class Entry:
     recipe_id: str
     genome: Any
     recipe_json: Any
+    parents: tuple[int, ...] = ()
     results: dict[str, Evaluation] = field(default_factory=dict)
 
     def scores(self, split: str) -> Scores | None:
@@ -94,14 +95,15 @@ class History:
                 item_ids[e["name"]] = {str(t): [str(i) for i in ids] for t, ids in e["ids"].items()}
             elif e["kind"] == "asked":
                 entries[e["id"]] = Entry(
-                    e["id"],
-                    e["stage"],
-                    e["group"],
-                    e["role"],
-                    e["name"],
-                    e["recipe_id"],
+                    _typed(e, "id", int),
+                    _typed(e, "stage", int),
+                    _typed(e, "group", int),
+                    _typed(e, "role", str),
+                    _typed(e, "name", str),
+                    _typed(e, "recipe_id", str),
                     e.get("genome"),
                     e.get("recipe"),
+                    tuple(int(p) for p in e.get("parents", ())),
                 )
             elif e["kind"] == "told":
                 result = Evaluation(str(e["status"]), scores_from_json(e["scores"]), str(e["reason"]))
@@ -124,7 +126,8 @@ class History:
     # -- candidates ---------------------------------------------------------------------------------------
 
     @cached_property
-    def _spaces(self) -> tuple[RuleSpace, ...]:
+    def spaces(self) -> tuple[RuleSpace, ...]:
+        """The search space of each stage."""
         return bind_spaces(self.experiment, self.manifest, self.dtype)
 
     def recipe(self, candidate: int) -> Recipe:
@@ -135,7 +138,7 @@ class History:
         else:
             try:
                 genome = frozen_genome(decode_array(entry.genome))
-                recipe = self._spaces[entry.stage].decode(genome, self.manifest)
+                recipe = self.spaces[entry.stage].decode(genome, self.manifest)
             except (ValueError, TypeError, IndexError) as e:
                 raise UserError(f"{self.path}: candidate {candidate} has no genome of its space ({_line(e)})") from None
         if recipe.id != entry.recipe_id:
@@ -250,6 +253,12 @@ def load_resolved(path: Path, overrides: Mapping[str, Any] | None = None) -> Exp
     if not file.is_file():
         raise UserError(f"{path}: is no run directory (no {EXPERIMENT}); expected what `evomerge run` wrote")
     return load(file, overrides)
+
+
+def _typed(event: Event, key: str, kind: type) -> Any:
+    if type(event[key]) is not kind:
+        raise ValueError(f"{key} is {event[key]!r}")
+    return event[key]
 
 
 def _line(e: Exception) -> str:

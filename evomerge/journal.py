@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from evomerge.canonical import canonical_json, decode_array, encode_array
 from evomerge.errors import RunError, UserError
@@ -173,6 +174,7 @@ class Journal:
         told = [(e.get("id"), e.get("items")) for e in self.events if e["kind"] == "told"]
         self._told = {(i, items) for i, items in told if isinstance(i, int) and isinstance(items, str)}
         self._lines = Lines(path, size)
+        self._ahead: dict[int, str] | None = None
 
     def __enter__(self) -> Journal:
         return self
@@ -188,6 +190,17 @@ class Journal:
     def will_tell(self, proposal: int, items: str) -> bool:
         """True where the recorded events hold a result of this proposal on this item set."""
         return (proposal, items) in self._told
+
+    def asked(self, proposal: int) -> NDArray[np.float64] | None:
+        """The genome of a proposal that recorded events ahead of the cursor have, else None."""
+        if self._ahead is None:
+            self._ahead = {e["id"]: e["genome"] for e in self.events if e["kind"] == "asked" and "genome" in e}
+        if not self.replaying or proposal not in self._ahead:
+            return None
+        try:
+            return decode_array(self._ahead[proposal])
+        except ValueError as e:
+            raise UserError(f"{self.path}: the genome of candidate {proposal} cannot be read ({e})") from None
 
     @property
     def next_event(self) -> Event:

@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from evomerge.errors import UserError
+from evomerge.hub import folder_of, named
 from evomerge.library import located
 from evomerge.schema import validated
 from evomerge.yamlio import dump_yaml, load_yaml
@@ -83,7 +84,7 @@ def to_experiment(path: Path, name: str, include_path: Path | None = None) -> di
     return {
         "name": name,
         "models": {**models, "dtype": "bfloat16"},
-        "search_space": _space(file.genome, models["experts"], Path(models["base"]), f"{path}: genome"),
+        "search_space": _space(file.genome, models["base"], f"{path}: genome"),
         "fitness": {"tasks": [_task(t, file, include_path) for t in file.tasks]},
         "search": {"algorithm": "cma-es", "seed": 0, "sigma": 0.166667, "budget": {"evaluations": 100}},
         "workers": {"backend": "local", "count": 1, "device": "auto"},
@@ -137,34 +138,38 @@ def _refuse(file: _File, where: str) -> None:
 
 
 def _models(g: _Genome, path: Path) -> dict[str, Any]:
-    """Base and experts with absolute folders; experts are named by their folders."""
+    """Base and experts with absolute folders or hub ids; experts are named by their last part."""
     assert g.base_model is not None
-    folders = [_folder(m, path) for m in g.models]
-    base = _folder(g.base_model, path)
+    models = [_model(m, path) for m in g.models]
+    base = _model(g.base_model, path)
     experts: dict[str, str] = {}
-    for folder in folders:
-        if folder == base:
+    for model in models:
+        if model == base:
             continue  # its difference to itself is nothing
-        name = re.sub(r"[^A-Za-z0-9_-]", "-", folder.name)
+        name = re.sub(r"[^A-Za-z0-9_-]", "-", Path(model.partition("@")[0]).name)
         if name in ("base", "merged", "uniform"):
             name += "-model"
         while name in experts:
             name += "-2"
-        experts[name] = str(folder)
+        experts[name] = model
     if not experts:
         raise UserError(f"{path}: genome.models: only the base; name at least one other model")
-    return {"base": str(base), "experts": experts}
+    return {"base": base, "experts": experts}
 
 
-def _folder(name: str, path: Path) -> Path:
+def _model(name: str, path: Path) -> str:
+    """A folder beside the file or, as mergekit takes it, in the working folder; else a hub id."""
     for place in (path.parent, Path.cwd()):
         folder = located(place, name)
         if folder.is_dir():
-            return folder
-    raise UserError(f"{path}: genome: {name!r} is no folder; download the model and name its folder")
+            return str(folder)
+    model = named(path.parent, name)
+    if Path(model).is_absolute():
+        raise UserError(f"{path}: genome: {name!r} is neither a folder nor a model's id on the hub")
+    return model
 
 
-def _space(g: _Genome, experts: Mapping[str, str], base: Path, where: str) -> dict[str, Any]:
+def _space(g: _Genome, base: str, where: str) -> dict[str, Any]:
     weight = {
         "low": -HIGHEST_WEIGHT if g.allow_negative_weights else 0.0,
         "high": HIGHEST_WEIGHT,
@@ -179,7 +184,7 @@ def _space(g: _Genome, experts: Mapping[str, str], base: Path, where: str) -> di
     return space
 
 
-def _groups(g: _Genome, base: Path, where: str) -> Any:
+def _groups(g: _Genome, base: str, where: str) -> Any:
     """The sets of weights as groups of blocks; earlier groups come first, as earlier filters do."""
     modules = [FILTERS[f] for f in dict.fromkeys(g.filters or ())]
     if g.layer_granularity < 1:
@@ -200,8 +205,9 @@ def _groups(g: _Genome, base: Path, where: str) -> Any:
     return [*out, OUTSIDE]
 
 
-def _layers(folder: Path) -> int:
-    path = folder / "config.json"
+def _layers(model: str) -> int:
+    """Of a folder, or of a hub's model, which is fetched for that: a run needs it all the same."""
+    path = folder_of(model) / "config.json"
     try:
         if path.stat().st_size > MAX_CONFIG:
             raise ValueError("too large")

@@ -37,7 +37,7 @@ class Objective:
     def bind(cls, spec: FitnessSpec, base: Scores, baselines: Mapping[str, Scores]) -> Objective:
         """Take the references from the base's and the other baselines' scores (name -> scores)."""
         low, high = {}, {}
-        for goal in spec.goals:
+        for goal in (*spec.goals, *spec.constraints):
             for task, _ in spec.weights_of(goal):
                 metric = goal.metric or task.metric
                 at = (task.name, metric)
@@ -54,21 +54,39 @@ class Objective:
         """Losses to minimise, shape (n_objectives,), in the order of `spec.goals`."""
         return np.array([self._loss(goal, scores) for goal in self.spec.goals])
 
+    def violation(self, scores: Scores) -> float:
+        """By how much the constraints are missed, summed; 0 where all are kept."""
+        total = 0.0
+        for c in self.spec.constraints:
+            value = self._value(c, scores)
+            limit = c.at_most if c.at_most is not None else -(c.at_least or 0.0)
+            total += max(value - limit, 0.0)
+        return total
+
     @property
     def failed(self) -> NDArray[np.float64]:
         """What a candidate without scores loses, shape (n_objectives,)."""
         return np.full(len(self.spec.goals), np.inf)
 
     def _loss(self, goal: Goal, scores: Scores) -> float:
+        value = self._value(goal, scores)
+        if self.spec.floor is not None and goal.kind != "forgetting":
+            for task, weight in self.spec.weights_of(goal):
+                value += weight * self._price(task, goal.metric or task.metric, scores)
+        return value
+
+    def _value(self, goal: Goal, scores: Scores) -> float:
+        """The objective itself, lower is better, without the price of the floor."""
         value = 0.0
         for task, weight in self.spec.weights_of(goal):
             at = (task.name, goal.metric or task.metric)
             sign, mean = task.sign(at[1]), column_mean(scores, *at)
             if goal.kind == "forgetting":
                 value += weight * max(sign * (mean - self.low[at]), 0.0)
-                continue
-            loss = sign * mean if goal.kind == "weighted_mean" else -self.recovered(task, at[1], mean)
-            value += weight * (loss + self._price(sign, at, mean))
+            elif goal.kind == "recovered_gain":
+                value -= weight * self.recovered(task, at[1], mean)
+            else:
+                value += weight * sign * mean
         return value
 
     def recovered(self, task: Task, metric: str, mean: float) -> float:
@@ -79,8 +97,9 @@ class Objective:
             gain = -task.sign(metric) * (abs(self.low[at]) or 1.0)
         return min((mean - self.low[at]) / gain, 1.0)
 
-    def _price(self, sign: float, at: Column, mean: float) -> float:
+    def _price(self, task: Task, metric: str, scores: Scores) -> float:
         """What falling below the base costs; a mean over many tasks would hide it."""
-        if self.spec.floor is None:
-            return 0.0
-        return self.spec.floor.penalty * max(sign * (mean - self.low[at]) + self.spec.floor.margin, 0.0)
+        assert self.spec.floor is not None
+        at = (task.name, metric)
+        short = task.sign(metric) * (column_mean(scores, *at) - self.low[at]) + self.spec.floor.margin
+        return self.spec.floor.penalty * max(short, 0.0)

@@ -61,9 +61,14 @@ def compromise(losses: Losses) -> int:
     return int(np.argmin(np.sqrt((scaled**2).sum(axis=1))))
 
 
-def order(losses: Losses) -> NDArray[np.int64]:
+def order(losses: Losses, violations: NDArray[np.float64] | None = None) -> NDArray[np.int64]:
     """Positions from best to worst, stable: by loss where there is one objective, else by front, and within a front
-    by crowding distance, so that the first few are spread over the front."""
+    by crowding distance, so that the first few are spread over the front. Whoever violates constraints comes behind
+    all who do not, by how much (Deb et al. 2002, section VI)."""
+    if violations is not None and violations.any():
+        kept, broken = np.flatnonzero(violations <= 0), np.flatnonzero(violations > 0)
+        behind = broken[np.argsort(violations[broken], kind="stable")]
+        return np.concatenate([kept[order(losses[kept])], behind]) if len(kept) else behind
     if losses.shape[1] == 1:
         return np.argsort(losses[:, 0], kind="stable")
     rank = fronts(losses)
@@ -72,3 +77,28 @@ def order(losses: Losses) -> NDArray[np.int64]:
         here = rank == level
         spread[here] = crowding(losses[here])
     return np.lexsort((np.arange(len(losses)), -spread, rank))
+
+
+def hypervolume(losses: Losses, reference: NDArray[np.float64]) -> float:
+    """Volume that is dominated by the vectors and lies below the reference point.
+
+    By slicing along the last objective (While et al. 2006): exact; meant for fronts of up to a few hundred members
+    and few objectives.
+    """
+    inside = losses[(losses < reference).all(axis=1)]
+    if not len(inside):
+        return 0.0
+    front = np.unique(inside[_undominated(inside)], axis=0)
+    if losses.shape[1] == 1:
+        return float(reference[0] - front[:, 0].min())
+    if losses.shape[1] == 2:  # sorted by the first objective, so the second falls
+        steps = np.append(front[1:, 0], reference[0]) - front[:, 0]
+        return float((steps * (reference[1] - front[:, 1])).sum())
+    front = front[np.argsort(front[:, -1], kind="stable")]
+    edges = np.append(front[:, -1], reference[-1])
+    volume = 0.0
+    for k in range(len(front)):
+        depth = edges[k + 1] - edges[k]
+        if depth > 0:
+            volume += depth * hypervolume(front[: k + 1, :-1], reference[:-1])
+    return float(volume)

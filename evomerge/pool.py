@@ -11,15 +11,17 @@ import json
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from evomerge.architectures import ARCHITECTURES, Architecture, block_order
-from evomerge.errors import UserError, nearest
+from evomerge.architectures import block_order
+from evomerge.errors import UserError
 from evomerge.manifest import Manifest, lay_out
+from evomerge.stock import Conversion, Stock
 
 DTYPES: Mapping[str, torch.dtype] = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Stored dtypes that can be merged; quantised weights cannot."""
@@ -30,60 +32,128 @@ MAX_JSON = 50_000_000
 
 
 @dataclass(frozen=True)
-class StoredTensor:
-    """Where one tensor lies: file, shape, dtype as safetensors names it."""
+class Parameter:
+    """One parameter of a checkpoint as the live model has it: shape, and dtype as safetensors names it."""
 
-    file: Path
     shape: tuple[int, ...]
     dtype: str
 
 
 class Checkpoint:
-    """One model folder in the usual transformers layout. Tensors are read lazily through mmap."""
+    """One model folder in the usual transformers layout. Tensors are read lazily through mmap.
+
+    `tensors` and `tensor` speak of the live model's parameters, whatever the files call them and however they
+    cut them; `stored_form` goes back.
+    """
 
     def __init__(self, path: Path) -> None:
-        """Read config and headers. Raises UserError for anything missing, unreadable or pickled."""
+        """Read config and headers. Raises UserError for anything missing, unreadable, foreign or pickled."""
         self.path = path
         if not path.is_dir():
             raise UserError(f"{path}: no such model folder; expected one with config.json and *.safetensors")
         if not (path / "config.json").is_file():
             raise UserError(f"{path}: has no config.json; expected a model folder with config.json and *.safetensors")
-        self.config: dict[str, Any] = _read_json(path / "config.json")
-        self.model_type = str(self.config.get("model_type"))
-        if self.model_type not in ARCHITECTURES:
-            raise UserError(
-                f"{path}: architecture {self.model_type!r} is not supported{nearest(self.model_type, ARCHITECTURES)}"
-            )
-        self.architecture: Architecture = ARCHITECTURES[self.model_type]
-        layers = self.config.get("num_hidden_layers")
-        if isinstance(layers, bool) or not isinstance(layers, int) or layers < 1:
-            raise UserError(f"{path / 'config.json'}: num_hidden_layers should be a whole number, got {layers!r}")
+        self.config: dict[str, Any] = read_json(path / "config.json")
         self._open: dict[Path, Any] = {}
-        self.tensors: dict[str, StoredTensor] = {}
-        for file in _weight_files(path):
+        self._files = self._headers()
+        self.stock = Stock(path, self.config)
+        self.model_type = str(self.stock.model_type)
+        self._placed = self.stock.place(path, self._files)
+        self._plain = dict(self._placed.plain)
+        for alias, name in self._placed.aliases.items():
+            self._plain.setdefault(self.stock.aliases[alias], name)  # a tied pair may be stored under either name
+        self._conversion: dict[str, Conversion] = {}
+        made: dict[str, Parameter] = {}
+        for conversion in self._placed.conversions:
+            parts = self._converted(conversion)
+            made |= parts
+            self._conversion |= dict.fromkeys(parts, conversion)
+        self.tensors = {n: p for n in self.stock.shapes if (p := self._parameter(n, made)) is not None}
+        """Parameter -> shape and dtype, in the live model's order; tied ones once."""
+        self.foreign = self._placed.foreign
+        """Stored names that the architecture has no place for."""
+
+    def _headers(self) -> dict[str, Path]:
+        """Stored name -> file. Raises UserError for what is not whole, doubled or of a dtype that cannot be merged."""
+        named, files = _weight_files(self.path)
+        out: dict[str, Path] = {}
+        for file in files:
             handle = self._handle(file)
             for name in handle.keys():  # noqa: SIM118 (safe_open is no mapping)
-                part = handle.get_slice(name)
-                if self.architecture.ignored.fullmatch(name):
-                    continue
-                if name in self.tensors:
-                    raise UserError(f"{path}: tensor {name!r} stands in two files; keep one")
-                self.tensors[name] = StoredTensor(file, tuple(part.get_shape()), str(part.get_dtype()))
-        if not self.tensors:
-            raise UserError(f"{path}: the safetensors files hold no tensors")
-        if self.tied:
-            # Tied models are stored with or without the second name; the embedding is the one that counts.
-            self.tensors.pop(self.architecture.head, None)
+                if name in out:
+                    raise UserError(f"{self.path}: tensor {name!r} stands in two files; keep one")
+                out[name] = file
+        if not out:
+            raise UserError(f"{self.path}: the safetensors files hold no tensors")
+        for name, file in named.items():
+            if out.get(name) != file:
+                raise UserError(f"{file}: has no tensor {name!r}, but the index says so; fetch the checkpoint again")
+        return out
+
+    def _converted(self, conversion: Conversion) -> dict[str, Parameter]:
+        """The parameters that a conversion makes, found out on the meta device."""
+
+        def blank(name: str) -> torch.Tensor:
+            part = self._handle(self._files[name]).get_slice(name)
+            dtype = _mergeable(self.path, name, str(part.get_dtype()), self.config)
+            return torch.empty(part.get_shape(), dtype=dtype, device="meta")
+
+        try:
+            made = conversion(blank)
+        except UserError:
+            raise
+        except Exception as e:
+            raise UserError(
+                f"{self.path}: transformers cannot convert tensor {conversion.sources[0][1]!r} "
+                f"({' '.join(str(e).split())[:200] or type(e).__name__}); the checkpoint may not be whole"
+            ) from None
+        return {
+            n: Parameter(tuple(t.shape), next(k for k, d in DTYPES.items() if d == t.dtype)) for n, t in made.items()
+        }
+
+    def _parameter(self, name: str, made: Mapping[str, Parameter]) -> Parameter | None:
+        """One parameter, stored as it is or made by a conversion; None where the files lack it."""
+        if name not in self._plain:
+            return made.get(name)
+        part = self._handle(self._files[self._plain[name]]).get_slice(self._plain[name])
+        dtype = str(part.get_dtype())
+        _mergeable(self.path, self._plain[name], dtype, self.config)
+        return Parameter(tuple(part.get_shape()), dtype)
+
+    def check_whole(self) -> None:
+        """Raise UserError where files and config.json do not make one model, naming the first tensor."""
+        counted = f"the {self.model_type} architecture with {self.layers} layers (num_hidden_layers in config.json)"
+        if self.foreign:
+            raise UserError(f"{self.path}: tensor {self.foreign[0]!r} is not part of {counted}")
+        for name, shape in self.stock.shapes.items():
+            found = self.tensors.get(name)
+            if found is None:
+                raise UserError(f"{self.path}: tensor {name!r} is missing, a part of {counted}")
+            if found.shape != shape:
+                raise UserError(
+                    f"{self.path}: tensor {name!r} has shape {list(found.shape)}, but by config.json it should have "
+                    f"{list(shape)}"
+                )
 
     @property
     def tied(self) -> bool:
         """True where the head shares the embedding's weights."""
-        return bool(self.config.get("tie_word_embeddings", False))
+        return self.stock.tied
 
     @property
     def layers(self) -> int:
         """Number of transformer layers by config.json."""
-        return int(self.config["num_hidden_layers"])
+        return self.stock.layers
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that the model takes; 2**30 where config.json sets no limit."""
+        return self.stock.context_length
+
+    @cached_property
+    def vocabulary(self) -> dict[str, int] | None:
+        """Token -> id, None without tokenizer files that tell. Raises UserError where they cannot be read."""
+        return _vocabulary(self.path)
 
     def _handle(self, file: Path) -> Any:
         if file not in self._open:
@@ -94,12 +164,17 @@ class Checkpoint:
                 raise UserError(f"{file}: not a whole safetensors file ({reason}); fetch it again") from None
         return self._open[file]
 
+    def _stored(self, name: str) -> torch.Tensor:
+        return self._handle(self._files[name]).get_tensor(name)
+
     def tensor(self, name: str) -> torch.Tensor:
-        """One tensor as stored, a view of the mapped file."""
-        return self._handle(self.tensors[name].file).get_tensor(name)
+        """One parameter in its stored dtype, a view of the mapped file unless it has to be converted."""
+        if name in self._plain:
+            return self._stored(self._plain[name])
+        return self._conversion[name](self._stored)[name]
 
     def sha256(self) -> str:
-        """Content hash: names, dtypes, shapes and bytes in name order; independent of sharding."""
+        """Content hash: parameters' names, dtypes, shapes and bytes in name order; independent of the files."""
         total = hashlib.sha256()
         for name in sorted(self.tensors):
             t = self.tensors[name]
@@ -107,13 +182,40 @@ class Checkpoint:
             total.update(raw_bytes(self.tensor(name)))
         return total.hexdigest()
 
+    def stored_form(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Parameters under this checkpoint's own tensor names and in its cut, so that they load as it does."""
+        out = {self._plain[n]: t for n, t in weights.items() if n in self._plain}
+        converted = {n: t for n, t in weights.items() if n not in self._plain}
+        reverted = self.stock.reverted(converted) if converted else {}
+        # Where the conversion does not lead back to the names we read, transformers' own load as well.
+        return out | (reverted if set(reverted) <= set(self._files) else converted)
+
+    def differing_copies(self) -> list[str]:
+        """Stored names of tied parameters whose contents differ from the ones that count. Reads both."""
+        out = []
+        for alias, name in self._placed.aliases.items():
+            kept = self._plain[self.stock.aliases[alias]]
+            if kept != name:
+                a, b = self._stored(kept), self._stored(name)
+                if a.dtype != b.dtype or not torch.equal(a, b):
+                    out.append(name)
+        return out
+
+
+def _mergeable(path: Path, name: str, dtype: str, config: Mapping[str, Any]) -> torch.dtype:
+    if dtype not in DTYPES:
+        hint = "; the model is quantised, use its full-precision original" if "quantization_config" in config else ""
+        raise UserError(f"{path}: tensor {name!r} is stored as {dtype}; mergeable are {', '.join(DTYPES)}{hint}")
+    return DTYPES[dtype]
+
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
     """A CPU tensor's bytes, without a copy where it is contiguous."""
     return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of bounded size. Raises UserError."""
     try:
         if path.stat().st_size > MAX_JSON:
             raise UserError(f"{path}: larger than {MAX_JSON} bytes")
@@ -127,10 +229,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def _weight_files(path: Path) -> list[Path]:
+def _weight_files(path: Path) -> tuple[dict[str, Path], list[Path]]:
+    """(tensor -> file by the index, empty without one; all files)."""
     index = path / "model.safetensors.index.json"
     if index.exists():
-        names = _read_json(index).get("weight_map")
+        names = read_json(index).get("weight_map")
         if not isinstance(names, dict) or not names:
             raise UserError(f"{index}: has no weight_map")
         files = sorted({str(f) for f in names.values()})
@@ -139,10 +242,10 @@ def _weight_files(path: Path) -> list[Path]:
                 raise UserError(f"{index}: the file name {f!r} leads out of the folder")
             if not (path / f).is_file():
                 raise UserError(f"{path / f}: missing shard; the index names it")
-        return [path / f for f in files]
+        return {str(n): path / str(f) for n, f in names.items()}, [path / f for f in files]
     single = path / "model.safetensors"
     if single.is_file():
-        return [single]
+        return {}, [single]
     pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in path.glob(pattern))
     if pickles:
         raise UserError(
@@ -150,36 +253,6 @@ def _weight_files(path: Path) -> list[Path]:
             "convert them to safetensors first"
         )
     raise UserError(f"{path}: no model.safetensors and no model.safetensors.index.json")
-
-
-def _check_names(c: Checkpoint) -> None:
-    """Every tensor must have a block, and every numbered layer must be there."""
-    for name, t in c.tensors.items():
-        block = c.architecture.block_of(name)
-        if block is None:
-            raise UserError(f"{c.path}: tensor {name!r} is not part of the {c.model_type} architecture")
-        if t.dtype not in DTYPES:
-            raise UserError(f"{c.path}: tensor {name!r} is stored as {t.dtype}; mergeable are {', '.join(DTYPES)}")
-        if block.startswith("layers.") and int(block.split(".")[1]) >= c.layers:
-            raise UserError(f"{c.path}: tensor {name!r} lies beyond the {c.layers} layers of config.json")
-    needed = [c.architecture.embed, f"{c.architecture.final_norm}.weight", *([] if c.tied else [c.architecture.head])]
-    for name in needed:
-        if name not in c.tensors:
-            raise UserError(f"{c.path}: tensor {name!r} is missing")
-    found = {c.architecture.block_of(n) for n in c.tensors}
-    for i in range(c.layers):
-        for module in ("attention", "mlp"):
-            if f"layers.{i}.{module}" not in found:
-                raise UserError(
-                    f"{c.path}: layer {i} has no {module} tensors, but config.json counts {c.layers} layers"
-                )
-    parts = {(int(m[1]), m[2]) for n in c.tensors if (m := c.architecture.layer.fullmatch(n))}
-    for part in sorted({p for _, p in parts}):
-        for i in range(c.layers):
-            if (i, part) not in parts:
-                raise UserError(
-                    f"{c.path}: layer {i} has no {part!r}, but other layers do; the checkpoint is not whole"
-                )
 
 
 def _check_alike(base: Checkpoint, expert: Checkpoint, name: str) -> None:
@@ -195,27 +268,38 @@ def _check_alike(base: Checkpoint, expert: Checkpoint, name: str) -> None:
         other = expert.tensors.get(n)
         if other is None:
             raise UserError(f"{who}: tensor {n!r} is missing")
-        if other.shape != t.shape:
-            what = "vocabulary" if base.architecture.block_of(n) in ("embed", "head") else "shape"
-            raise UserError(f"{who}: {what} of {n!r} is {list(other.shape)}, but the base's is {list(t.shape)}")
+        by_token = n in base.stock.rows  # a vocabulary may be longer or shorter
+        if (other.shape[1:] if by_token else other.shape) != (t.shape[1:] if by_token else t.shape):
+            raise UserError(f"{who}: shape of {n!r} is {list(other.shape)}, but the base's is {list(t.shape)}")
     extra = sorted(set(expert.tensors) - set(base.tensors))
     if extra:
         raise UserError(f"{who}: tensor {extra[0]!r} is not in the base")
     for key in ("num_attention_heads", "num_key_value_heads", "head_dim"):
-        if expert.config.get(key, base.config.get(key)) != base.config.get(key):
-            raise UserError(f"{who}: {key} is {expert.config.get(key)}, but the base's is {base.config.get(key)}")
+        mine, theirs = (getattr(c.stock.config, key, None) for c in (expert, base))
+        if mine != theirs:
+            raise UserError(f"{who}: {key} is {mine}, but the base's is {theirs}")
     _check_tokenizers(base, expert, who)
 
 
 def _check_tokenizers(base: Checkpoint, expert: Checkpoint, who: str) -> None:
-    """Compare vocabularies; an expert without tokenizer files is taken to use the base's."""
-    a, b = base.path / "tokenizer.json", expert.path / "tokenizer.json"
-    if a.exists() and b.exists():
-        ta, tb = _vocabulary(a), _vocabulary(b)
-        for token in sorted(set(ta) | set(tb)):
-            if ta.get(token) != tb.get(token):
+    """Compare vocabularies; an expert without tokenizer files is taken to use the base's.
+
+    Rows of the embeddings are tokens by id. What only one side has changes nothing; a token with two ids, and an
+    id with two tokens, is a conflict that no alignment by id can mend.
+    """
+    ours, theirs = base.vocabulary, expert.vocabulary
+    if ours is not None and theirs is not None:
+        for token in sorted(ours.keys() & theirs.keys()):
+            if ours[token] != theirs[token]:
                 raise UserError(
-                    f"{who}: another tokenizer: token {token!r} has id {tb.get(token)}, in the base {ta.get(token)}"
+                    f"{who}: another tokenizer: token {token!r} has id {theirs[token]}, in the base {ours[token]}"
+                )
+        by_id = {i: t for t, i in ours.items()}
+        for token in sorted(theirs.keys() - ours.keys()):
+            other = by_id.get(theirs[token])
+            if other is not None:
+                raise UserError(
+                    f"{who}: another tokenizer: token {token!r} has id {theirs[token]}, in the base that is {other!r}"
                 )
         return
     a, b = base.path / "tokenizer.model", expert.path / "tokenizer.model"
@@ -223,33 +307,68 @@ def _check_tokenizers(base: Checkpoint, expert: Checkpoint, who: str) -> None:
         raise UserError(f"{who}: another tokenizer: tokenizer.model differs from the base's")
 
 
-def _vocabulary(path: Path) -> dict[str, int]:
-    tokenizer = _read_json(path)
+def _vocabulary(folder: Path) -> dict[str, int] | None:
+    """token -> id of a folder's tokenizer.json, else of its vocab.json and added_tokens.json, else None."""
+    path = folder / "tokenizer.json"
     try:
+        if not path.exists():
+            path = folder / "vocab.json"
+            if not path.exists():
+                return None
+            more = folder / "added_tokens.json"
+            both = {**read_json(path), **(read_json(more) if more.exists() else {})}
+            return {str(t): int(i) for t, i in both.items()}
+        tokenizer = read_json(path)
         vocab = (tokenizer.get("model") or {}).get("vocab") or {}
         if isinstance(vocab, list):  # Unigram: [token, log probability] in id order
             vocab = {str(pair[0]): i for i, pair in enumerate(vocab)}
         added = {str(t["content"]): int(t["id"]) for t in tokenizer.get("added_tokens") or ()}
         return {**vocab, **added}
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        if isinstance(e, UserError):
+            raise
         raise UserError(f"{path}: holds no vocabulary that can be read") from None
+
+
+COMPARED = (
+    *("rope_parameters", "rope_theta", "rope_scaling", "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"),
+    *("sliding_window", "layer_types", "hidden_act", "hidden_activation", "activation_function"),
+    *("attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar", "partial_rotary_factor"),
+)
+"""Settings in which an expert may differ from the base, whose the merge uses."""
 
 
 def notes_on(base: Checkpoint, experts: Mapping[str, Checkpoint]) -> Iterator[str]:
     """Differences that do not stop a merge but deserve a look."""
+    yield from base.stock.notes
+    for name, c in {"base": base, **experts}.items():
+        who = "base" if c is base else f"expert {name!r}"
+        for stored in c.differing_copies():
+            yield (
+                f"{who}: its config ties embedding and head, but {stored} is stored with other contents; the merge "
+                "ties them and uses the embedding (transformers would not tie this checkpoint)"
+            )
     for name, e in experts.items():
-        for key in (
-            "rope_parameters",
-            "rope_theta",
-            "rope_scaling",
-            "rms_norm_eps",
-            "sliding_window",
-            "hidden_act",
-        ):
+        for key in COMPARED:
             if e.config.get(key) != base.config.get(key):
                 yield f"expert {name!r}: {key} is {e.config.get(key)}, the merge uses the base's {base.config.get(key)}"
-        if not (e.path / "tokenizer.json").exists() and not (e.path / "tokenizer.model").exists():
+        ours, theirs = base.vocabulary, e.vocabulary
+        if theirs is None and not (e.path / "tokenizer.model").exists():
             yield f"expert {name!r}: no tokenizer files; taken to use the base's"
+        yield from _vocabulary_notes(base, e, f"expert {name!r}")
+        if ours is not None and theirs is not None and (added := sorted(theirs.keys() - ours.keys())):
+            more = f" and {len(added) - 1} more" if len(added) > 1 else ""
+            yield f"expert {name!r}: token {added[0]!r}{more} is not in the base's tokenizer, which the merge uses"
+
+
+def _vocabulary_notes(base: Checkpoint, expert: Checkpoint, who: str) -> Iterator[str]:
+    """How rows are aligned where the vocabularies differ in length."""
+    name = min(base.stock.embed)
+    ours, theirs = base.tensors[name].shape[0], expert.tensors[name].shape[0]
+    if theirs > ours:
+        yield f"{who}: {theirs} token rows, the base has {ours}; rows {ours} to {theirs - 1} are left out"
+    elif theirs < ours:
+        yield f"{who}: {theirs} token rows, the base has {ours}; rows {theirs} to {ours - 1} are the base's"
 
 
 @dataclass(frozen=True)
@@ -263,13 +382,13 @@ class ModelPool:
     def open(cls, base: Path, experts: Mapping[str, Path], base_name: str = "base") -> ModelPool:
         """Open and check all folders; no weights are read. Raises UserError."""
         first = Checkpoint(base)
-        _check_names(first)
+        first.check_whole()
         opened = {base_name: first}
         for name, path in experts.items():
             if name == base_name:
                 raise UserError(f"an expert may not be called {base_name!r}: that is the base")
             expert = Checkpoint(path)
-            _check_names(expert)
+            expert.check_whole()
             _check_alike(first, expert, name)
             opened[name] = expert
         return cls(base_name, opened)
@@ -298,10 +417,6 @@ class ModelPool:
                 raise UserError(f"{name!r} and {seen[digest]!r} hold the same weights; remove one")
             seen[digest] = name
         base = self.checkpoints[self.base]
-        rows = []
-        for name, t in base.tensors.items():
-            block = base.architecture.block_of(name)
-            if block is not None:
-                rows.append((name, t.shape, t.dtype, block))
+        rows = [(n, t.shape, t.dtype, base.stock.blocks[n]) for n, t in base.tensors.items()]
         rows.sort(key=lambda r: (block_order(r[3]), r[0]))
         return Manifest(self.base, {n: c.layers for n, c in self.checkpoints.items()}, lay_out(rows), hashes)

@@ -75,8 +75,8 @@ class Prepared:
 
         models = self.experiment.models
         spec = EvaluatorSpec(
-            base=Path(models.base),
-            experts={n: Path(p) for n, p in models.experts.items()},
+            base=models.base,
+            experts=models.experts,
             manifest=self.manifest,
             dtype=self.dtype,
             plans=self.plans,
@@ -125,11 +125,21 @@ def numerics(device: str, threads: int) -> dict[str, Any]:
 
 
 def open_pool(experiment: Experiment) -> Any:
-    """The pool of an experiment. Raises UserError."""
+    """The pool of an experiment; models of the hub are fetched. Raises UserError."""
+    from evomerge.hub import folder_of
     from evomerge.pool import ModelPool
 
     models = experiment.models
-    return ModelPool.open(Path(models.base), {n: Path(p) for n, p in models.experts.items()})
+    return ModelPool.open(folder_of(models.base), {n: folder_of(p) for n, p in models.experts.items()})
+
+
+def with_commits(experiment: Experiment) -> Experiment:
+    """The experiment with hub ids pinned to commits, so that a resume and other hosts read the same bytes."""
+    from evomerge.hub import pinned
+
+    models = experiment.models
+    update = {"base": pinned(models.base), "experts": {n: pinned(p) for n, p in models.experts.items()}}
+    return experiment.model_copy(update={"models": models.model_copy(update=update)})
 
 
 def prepare(experiment: Experiment, shape: PlanShape | None = None, allow: Allowed = NOTHING) -> Prepared:
@@ -141,6 +151,7 @@ def prepare(experiment: Experiment, shape: PlanShape | None = None, allow: Allow
 
     check_algorithms(experiment)
     items = load_items(experiment.tasks, allow)
+    experiment = with_commits(experiment)
     pool = open_pool(experiment)
     device = pick_device(experiment.workers.device)
     if experiment.workers.backend != "ray":  # a cluster's devices are not the driver's
@@ -197,8 +208,7 @@ def compile_plans(
     from evomerge.merge.live import load_tokenizer
     from evomerge.score import make_scorer
 
-    limit = int(base.config.get("max_position_embeddings", 1 << 30))
-    target = Target(load_tokenizer(base.path), limit, shape)
+    target = Target(load_tokenizer(base.path), base.context_length, shape)
     return {t.name: make_scorer(t.kind).compile(t, items[t.name], target) for t in tasks}
 
 

@@ -110,6 +110,8 @@ class Result:
     losses: NDArray[np.float64]
     status: str = "ok"
     scores: Scores = field(default_factory=dict)
+    violation: float = 0.0
+    """By how much the fitness's constraints are missed; 0 where all are kept."""
 
     @property
     def loss(self) -> float:

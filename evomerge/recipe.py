@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from evomerge.canonical import digest
 from evomerge.errors import UserError, nearest
-from evomerge.library import located
+from evomerge.hub import named
 from evomerge.manifest import Block, Manifest
 from evomerge.merge.methods import METHODS, Method, Scalar
 from evomerge.schema import validated
@@ -41,7 +41,7 @@ class Source(_Part):
 
     sha256: str | None = Field(None, description="content hash; checked where given")
     kind: Literal["model", "adapter"] = "model"
-    path: str | None = Field(None, description="folder; no part of the recipe's id")
+    path: str | None = Field(None, description="folder, or hub id org/name@revision; no part of the recipe's id")
     recipe: Recipe | None = Field(None, description="an earlier stage's winner, inlined")
 
 
@@ -196,10 +196,10 @@ class Recipe(_Part):
 
     @classmethod
     def load(cls, path: Path) -> Recipe:
-        """Read a recipe file; `path`s of sources are taken relative to it. Raises UserError."""
+        """Read a recipe file; `path`s of sources are hub ids or relative to it. Raises UserError."""
         recipe = validated(cls, load_yaml(path), str(path))
         sources = {
-            n: s.model_copy(update={"path": str(located(path.parent, s.path))}) if s.path else s
+            n: s.model_copy(update={"path": named(path.parent, s.path)}) if s.path else s
             for n, s in recipe.sources.items()
         }
         return recipe.model_copy(update={"sources": sources})

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,9 @@ from evomerge.errors import RunError, UserError
 from evomerge.history import History
 from evomerge.journal import Journal
 from evomerge.pareto import compromise, fronts
-from evomerge.prepare import Prepared, make_executor, needed_metrics, prepare
+from evomerge.prepare import Prepared, fitness_of, make_executor, needed_metrics, prepare
 from evomerge.progress import Progress, Silent
-from evomerge.proposal import Evaluation, Genome, Proposal
+from evomerge.proposal import Evaluation, Genome, Proposal, Result
 from evomerge.rundir import JOURNAL, Before, RunDirectory, before
 from evomerge.schema import validated
 from evomerge.score.plan import PlanShape
@@ -32,6 +33,9 @@ from evomerge.search import make_optimizer
 from evomerge.search.base import Start
 from evomerge.session import Candidate, Session
 from evomerge.tasks.base import NOTHING, Allowed
+
+VIOLATED = 1e6
+"""Added to by how much constraints are missed: worse than any loss of metrics, and still a number to rank by."""
 
 
 def run(
@@ -125,7 +129,16 @@ class StageRun:
         s.journal.record("stage", n=n, inputs={"start": encode_array(start)})
         algorithm, options = experiment.algorithm_of(s.prepared.stages[n])
         rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([experiment.search.seed, n])))
-        self.optimizer = make_optimizer(algorithm, space.axes, Start(start), rng, s.ids, options)
+        fitness = fitness_of(experiment)
+        begin = Start(
+            start,
+            objectives=len(fitness.goals),
+            constrained=bool(fitness.constraints),
+            recall=s.journal.asked,
+            manifest=s.prepared.manifest,
+            dtype=s.prepared.dtype,
+        )
+        self.optimizer = make_optimizer(algorithm, space.axes, begin, rng, s.ids, options)
 
     def advance(self, allowance: Allowance) -> None:
         """Ask, evaluate, tell, until the budget is spent or the algorithm stops; then score its mean.
@@ -150,12 +163,18 @@ class StageRun:
                 candidate = outstanding.popleft()
                 fresh = not s.journal.replaying
                 evaluation = s.commit(candidate, items)
-                self.optimizer.tell(candidate.proposal, s.keep(candidate, evaluation))
+                self.optimizer.tell(candidate.proposal, self._told(s.keep(candidate, evaluation)))
                 recent.append(evaluation if fresh else Evaluation("ok"))
             stop_where_most_fail(recent, len(group) if lag is None else 2 * lag)
         means = [s.ask(p, stage=self.n, role="mean") for p in self.optimizer.recommend(1)]
         for candidate, evaluation in s.score(means, items):
             s.keep(candidate, evaluation)
+
+    def _told(self, r: Result) -> Result:
+        """What the algorithm is told: where it does not know constraints, a loss above all that keep them."""
+        if r.violation == 0.0 or self.optimizer.needs.constraints:
+            return r
+        return replace(r, losses=np.full_like(r.losses, VIOLATED + r.violation))
 
     def _proposals(self, room: int, lag: int | None) -> list[Proposal]:
         """At most `room` proposals: one generation's, or in steady state of as many as there is room for."""
@@ -222,7 +241,10 @@ def choose_winner(s: Session) -> list[Candidate]:
         raise RunError("the base could not be scored on the select split; see the journal for the reason")
     ids = [c.id for c, e in scored if e.scores is not None]
     losses = np.array([objective.losses(e.scores) for _, e in scored if e.scores is not None])
-    best = [int(i) for i in np.flatnonzero(fronts(losses) == 0)]
+    violations = np.array([objective.violation(e.scores) for _, e in scored if e.scores is not None])
+    # Where nobody keeps the constraints, whoever misses them least.
+    kept = np.flatnonzero(violations <= violations.min())
+    best = [int(i) for i in kept[fronts(losses[kept]) == 0]]
     winner = ids[best[compromise(losses[best])]]
     if losses.shape[1] == 1:
         told: dict[str, Any] = {"losses": {str(i): float(x[0]) for i, x in zip(ids, losses, strict=True)}}

@@ -29,6 +29,7 @@ class Candidate:
     role: str
     name: str = ""
     losses: Losses = field(default_factory=lambda: np.array([np.inf]))
+    violation: float = 0.0
 
     @property
     def id(self) -> int:
@@ -101,11 +102,13 @@ class Session:
     def keep(self, c: Candidate, e: Evaluation) -> Result:
         """Add a candidate scored on the search split; returns what its optimizer is told."""
         assert self.objective is not None
-        losses = self.objective.failed if e.scores is None else self.objective.losses(e.scores)
-        c = replace(c, losses=losses)
+        losses, violation = self.objective.failed, 0.0
+        if e.scores is not None:
+            losses, violation = self.objective.losses(e.scores), self.objective.violation(e.scores)
+        c = replace(c, losses=losses, violation=violation)
         self.candidates.append(c)
         self.progress.kept(c.id, c.role, losses, e)
-        return Result(losses, e.status, e.scores or {})
+        return Result(losses, e.status, e.scores or {}, violation)
 
     def bind(self, scored: Iterable[tuple[Candidate, Evaluation]]) -> Objective | None:
         """The objective with its references taken from the baselines' scores; None where the base failed."""
@@ -126,4 +129,7 @@ class Session:
             if np.isfinite(c.losses).all():
                 distinct.setdefault(c.recipe.id, c)
         group = sorted(distinct.values(), key=lambda c: c.id)
-        return [group[i] for i in order(np.array([c.losses for c in group]))] if group else []
+        if not group:
+            return []
+        violations = np.array([c.violation for c in group])
+        return [group[i] for i in order(np.array([c.losses for c in group]), violations)]

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from evomerge.fitness import FitnessSpec
+from evomerge.hub import folder_of, named
 from evomerge.merge.bank import Bank
 from evomerge.merge.builder import Builder
 from evomerge.merge.live import inference, live_model, load_tokenizer
@@ -28,8 +29,8 @@ def score_folder(
     device: str = "cpu",
     allow: Allowed = NOTHING,
 ) -> dict[str, Scores]:
-    """split -> task -> metric -> per-item scores of a model folder. Raises UserError."""
-    pool = ModelPool.open(folder, {})
+    """split -> task -> metric -> per-item scores of a model folder or hub id. Raises UserError."""
+    pool = ModelPool.open(folder_of(named(Path.cwd(), str(folder))), {})
     recipe = Recipe.model_validate({"base": pool.base, "dtype": pool.stored_dtype, "merge": []})
     return score_recipe(recipe, pool, fitness, splits=splits, device=device, allow=allow)
 

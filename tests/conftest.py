@@ -35,6 +35,17 @@ def quickstart() -> Path:
 
 TinyModel = Callable[..., Path]
 
+_MIXED_LAYERS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 24}
+PECULIAR: dict[str, dict[str, object]] = {
+    # Small caps and windows, so that they matter in a sentence of 40 tokens.
+    "gemma2": {**_MIXED_LAYERS, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 8},
+    "gemma3_text": {**_MIXED_LAYERS, "query_pre_attn_scalar": 8},
+    "mixtral": {"num_local_experts": 3},
+    "qwen2_moe": {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "mamba": {"state_size": 4, "time_step_rank": 4},
+}
+"""Settings beside the common ones."""
+
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
@@ -67,9 +78,9 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
 
 
 def _write_model(folder: Path, arch: str, seed: int, tied: bool, dtype: str, overrides: dict[str, object]) -> Path:
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
-    settings = {
+    settings: dict[str, object] = {
         "vocab_size": 512,
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -83,15 +94,16 @@ def _write_model(folder: Path, arch: str, seed: int, tied: bool, dtype: str, ove
         "eos_token_id": 2,
         "pad_token_id": None,
         "initializer_range": 0.2,  # so that logits differ between tokens
-        **overrides,
     }
+    known = CONFIG_MAPPING[arch]()
+    settings = {n: v for n, v in settings.items() if hasattr(known, n)} | PECULIAR.get(arch, {}) | overrides
     config = AutoConfig.for_model(arch, **settings)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
         with torch.no_grad():
-            for n, p in model.named_parameters():
-                if "norm" in n:  # trained norms are not all ones
+            for p in model.parameters():
+                if p.dim() == 1:  # trained norms are not all ones, and trained biases not all zeros
                     p.add_(torch.randn_like(p) * 0.1)
     model.save_pretrained(folder)
     for file in ("tokenizer.json", "tokenizer_config.json"):

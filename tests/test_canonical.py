@@ -88,6 +88,8 @@ GOOD = encode_array(np.array([1.0, 2.0]))
         {**GOOD, "shape": 2},
         {**GOOD, "shape": ["2"]},
         {**GOOD, "shape": [2.0]},
+        {**GOOD, "shape": [True, 2]},
+        {**GOOD, "shape": [10**400]},
     ],
 )
 def test_foreign_arrays_are_refused(bad: Any) -> None:

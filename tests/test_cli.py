@@ -60,6 +60,8 @@ def test_run_prints_the_table_and_where_it_lies(
     assert status == 0
     assert out.startswith("accuracy on the report split, 95% intervals\n")
     assert f"run directory: {tmp_path / 'out'}" in out
+    assert f"page: {tmp_path / 'out/report.html'}" in out
+    assert "<h1>small: evomerge run</h1>" in (tmp_path / "out/report.html").read_text(encoding="utf-8")
     assert "small: " in err
     assert "12 candidates" in err
     assert "best #" in err
@@ -258,6 +260,41 @@ def test_report_on_another_split(finished_run: Path, capsys: Capsys) -> None:
     assert {r["split"] for r in rows} == {"select"}
     assert {r["n"] for r in rows if r["task"] != "mean"} == {6}
     assert "on the select split" in call(capsys, "report", finished_run, "--split", "select")[1]
+
+
+def test_report_writes_the_page(run_copy: Path, tmp_path: Path, capsys: Capsys) -> None:
+    """Beside the journal, or where --html says, in place of an older one; the table is printed as ever."""
+    elsewhere = tmp_path / "new" / "page.html"
+    _, table, err = call(capsys, "report", run_copy)
+    call(capsys, "report", run_copy, "--html", elsewhere)
+
+    assert table.startswith("accuracy on the report split")
+    assert err == f"page: {run_copy / 'report.html'}\n"
+    assert elsewhere.read_bytes() == (run_copy / "report.html").read_bytes()
+    assert call(capsys, "resume", run_copy)[0] == 0  # the page is no stranger in the folder
+    assert (run_copy / "report.html").read_bytes() == elsewhere.read_bytes()
+
+
+def test_report_where_no_page_can_be_written(run_copy: Path, tmp_path: Path, capsys: Capsys) -> None:
+    """A name that is no page's is refused before anything; a place that cannot be written costs no table."""
+    assert "ends in .html" in complaint(capsys, 2, "report", run_copy, "--html", run_copy / "journal.jsonl")
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    status, table, err = call(capsys, "report", run_copy, "--html", tmp_path / "file" / "page.html")
+
+    assert status == 1
+    assert table.startswith("accuracy on the report split")
+    assert "choose another place for the page with --html PATH" in err
+
+
+def test_a_page_that_cannot_be_written_takes_nothing_from_the_run(run_copy: Path, capsys: Capsys) -> None:
+    """The run is whole in its journal: exit 0, its table, and how to make the page elsewhere."""
+    (run_copy / "report.html").unlink(missing_ok=True)
+    (run_copy / "report.html").mkdir()
+    status, out, err = call(capsys, "resume", run_copy)
+
+    assert status == 0
+    assert out.startswith("accuracy on the report split")
+    assert f"no page: {run_copy / 'report.html'}: cannot be written" in err
 
 
 def test_check(small_experiment: Path, capsys: Capsys) -> None:

@@ -59,7 +59,7 @@ def written(folder: Path, data: Data | str, name: str = "exp.yaml") -> Path:
 def test_paths_are_relative_to_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Models and data resolve against the experiment's folder, wherever the command is called; absolute ones stay."""
     folder = tmp_path / "sub"
-    folder.mkdir()
+    (folder / "models").mkdir(parents=True)
     path = written(folder, {**GOOD, **task(splits={"search": 0.5, "select": 0.5, "report": "../r.jsonl"})})
     monkeypatch.chdir(tmp_path)
 
@@ -72,9 +72,19 @@ def test_paths_are_relative_to_the_file(tmp_path: Path, monkeypatch: pytest.Monk
     assert e.tasks[0].splits == {"search": 0.5, "select": 0.5, "report": str(tmp_path / "r.jsonl")}
 
 
+def test_hub_ids_stay_as_they_stand(tmp_path: Path) -> None:
+    """A name of two parts without such a folder is a hub id; reading the file asks nobody."""
+    models = {"base": "org/base@v1", "experts": {"math": "org/math", "code": "./org/code"}}
+    e = load(written(tmp_path, {**GOOD, "models": models}))
+
+    assert e.models.base == "org/base@v1"
+    assert e.models.experts == {"math": "org/math", "code": str(tmp_path / "org" / "code")}
+
+
 def test_plain_data_is_relative_to_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An experiment given as a mapping has no file; its paths start where the process stands. It is not changed."""
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
     before = copy.deepcopy(GOOD)
 
     assert load(GOOD, {"search.seed": 5}).models.base == str(tmp_path / "models" / "base")

@@ -30,6 +30,19 @@ def rewrite(run: Path, change: Callable[[dict[str, Any]], None]) -> None:
             journal.record(e["kind"], **body)
 
 
+@pytest.mark.parametrize(("key", "value"), [("role", ["baseline"]), ("name", 3), ("group", "0"), ("id", True)])
+def test_events_with_values_of_another_type(run_copy: Path, key: str, value: object) -> None:
+    """A sealed event whose role is a list, or whose number is a word, is told in one line."""
+
+    def change(event: dict[str, Any]) -> None:
+        if event["kind"] == "asked":
+            event["body"][key] = value
+
+    rewrite(run_copy, change)
+    with pytest.raises(UserError, match="an event lacks what it should hold"):
+        History.read(run_copy)
+
+
 def test_a_folder_that_is_no_run(tmp_path: Path, run_copy: Path) -> None:
     """Missing folders, missing journals and missing experiments are told apart in one line."""
     with pytest.raises(UserError, match=r"gone: is no run directory \(no journal\.jsonl\)"):

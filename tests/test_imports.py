@@ -13,64 +13,50 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "evomerge"
 
-LEVELS: tuple[tuple[str, ...], ...] = (
-    ("errors", "canonical", "architectures", "merge.methods", "merge", "export", "report"),
-    ("yamlio", "schema", "library", "files", "manifest", "tasks.rows", "journal", "pareto"),
-    ("recipe", "pool", "tasks.base", "mergekit_evolve"),
-    ("proposal", "merge.bank", "merge.live", "tasks.multiple_choice", "tasks.function", "tasks.lm_eval"),
-    ("tasks",),
-    ("space", "score.plan", "workers", "rundir", "merge.pipeline"),
-    (
-        "search.base",
-        "score",
-        "score.model",
-        "merge.builder",
-        "commit",
-        "workers.inline",
-        "workers.fake",
-        "workers.units",
-    ),
-    (
-        "search.cmaes",
-        "search.random_search",
-        "workers.local",
-        "workers.ray",
-        "workers.child",
-        "score.multiple_choice",
-        "score.function",
-        "score.lm_eval",
-        "evaluate",
-    ),
-    ("search", "fitness"),
-    ("config",),
-    ("objective", "budget"),
-    ("prepare",),
-    ("progress", "history", "standalone", "check"),
-    ("session", "warm", "export.mergekit", "export.record", "report.results", "report.status"),
-    ("run", "export.hf", "report.compare"),
-    ("export.verify",),
-    ("cli", "__init__"),
-    ("__main__",),
+
+def words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+LEVELS = tuple(
+    tuple(line.split())
+    for line in """
+    errors canonical architectures merge.methods merge export report report.figures
+    yamlio schema library files manifest stock tasks.rows journal pareto report.html
+    hub
+    recipe pool tasks.base mergekit_evolve
+    proposal merge.bank merge.live tasks.multiple_choice tasks.function tasks.lm_eval report.coefficients
+    tasks
+    space score.plan workers rundir merge.pipeline
+    search.base score score.model merge.builder commit workers.inline workers.fake workers.units
+    search.optuna_study search.recipes
+    search.cmaes search.random_search search.ga search.greedy_soup search.frank_wolfe search.nsga2 search.tpe search.gp
+    search.nsga3
+    workers.local workers.ray workers.child score.multiple_choice score.function score.lm_eval evaluate
+    search fitness
+    config
+    objective budget
+    prepare
+    progress history standalone check
+    session warm export.mergekit export.record report.results report.status
+    run export.hf report.compare report.front report.page
+    export.verify
+    cli __init__
+    __main__
+    """.strip().splitlines()
 )
 """Bottom first. A module imports from lower levels only, lazily too; a new module goes where it fits."""
 
-HEAVY = frozenset({"torch", "transformers", "safetensors", "cma", "ray", "optuna", "plotly", "scipy", "psutil"})
-PURE = (
-    *("errors", "canonical", "architectures", "yamlio", "schema", "library", "files", "manifest", "recipe", "proposal"),
-    *("space", "journal", "rundir", "config", "objective", "budget", "commit", "session", "progress", "run", "prepare"),
-    *("cli", "history", "merge.methods", "score", "score.plan", "search", "search.base", "fitness", "pareto"),
-    *(
-        "mergekit_evolve",
-        "tasks",
-        "tasks.base",
-        "tasks.rows",
-        "tasks.multiple_choice",
-        "tasks.function",
-        "tasks.lm_eval",
-    ),
-    *("search.cmaes", "search.random_search", "workers", "workers.inline", "workers.local", "workers.fake"),
-    *("__init__", "__main__", "merge", "export", "report", "report.status", "export.mergekit", "export.record"),
+HEAVY = words("torch transformers safetensors cma ray optuna plotly scipy psutil huggingface_hub pyarrow lm_eval")
+IMPURE = words(
+    """
+    pool stock merge.bank merge.live merge.pipeline merge.builder score.model score.multiple_choice
+    score.function score.lm_eval evaluate standalone check workers.child workers.ray
+    export.hf export.verify report.results report.compare report.front report.page
+    """
 )
+"""May load heavy packages when they are imported; all others must not, so that the command line starts fast."""
+PURE = tuple(name for level in LEVELS for name in level if name not in IMPURE)
 
 
 def module_of(path: Path) -> str:

@@ -345,7 +345,7 @@ def test_a_second_process_is_refused(small_experiment: Path, experiment_with: Wi
 
     assert second.returncode == 2
     assert second.stderr.rstrip().splitlines()[-1] == (
-        f"evomerge: {out}: another evomerge process is running here; stop it or choose another --out"
+        f"evomerge: {out}: another evomerge process is running here; stop it first"
     )
     assert second.stdout == ""
     assert same

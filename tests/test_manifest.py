@@ -109,12 +109,6 @@ def test_block_of_a_tensor(tensor: str, block: str | None) -> None:
     assert LLAMA.block_of(tensor) == block
 
 
-def test_rotary_tables_are_ignored() -> None:
-    """Old checkpoints' rotary tables are known and ignored, other tensors are not."""
-    assert LLAMA.ignored.fullmatch("model.layers.0.self_attn.rotary_emb.inv_freq")
-    assert not LLAMA.ignored.fullmatch("model.layers.0.self_attn.q_proj.weight")
-
-
 def test_block_order_sorts_layers_by_number() -> None:
     """Layer 10 comes after layer 9, and every known module has its place."""
     blocks = [

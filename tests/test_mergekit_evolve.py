@@ -138,6 +138,14 @@ def test_a_linear_merge_is_one_of_the_models_alone(genome: Write) -> None:
     )
 
 
+def test_models_of_the_hub_keep_their_ids(genome: Write) -> None:
+    """Nothing is fetched where no slices ask for the number of layers."""
+    data = to_experiment(genome(models=["math", "org/some-code"], layer_granularity=0), "x")
+
+    assert data["models"]["experts"]["some-code"] == "org/some-code"
+    assert load(data).models.experts["some-code"] == "org/some-code"
+
+
 def test_it_can_be_searched(genome: Write, lm_eval_task: Folder, tmp_path: Path) -> None:
     """The whole way: a genome file and a folder of lm-eval tasks, imported and prepared."""
     rows = [{"question": f"q{n} is", "choices": [" a", f" b{n}"], "gold": n % 2} for n in range(30)]
@@ -168,7 +176,7 @@ def test_it_can_be_searched(genome: Write, lm_eval_task: Folder, tmp_path: Path)
         ({"filters": ["norm"]}, "genome.filters: only self_attn and mlp have an equivalent, got 'norm'"),
         ({"layer_granularity": 3}, "genome.layer_granularity: 3 does not divide the 4 layers"),
         ({"models": ["base"]}, "genome.models: only the base; name at least one other"),
-        ({"models": ["some/hub-id"]}, "'some/hub-id' is no folder; download the model"),
+        ({"models": ["./gone"]}, "'./gone' is neither a folder nor a model's id on the hub"),
         ({"tasks": [{"name": "t", "weight": 0}]}, "tasks: a weight of 0 has no equivalent"),
         ({"tasks": []}, "tasks"),
         ({"layer_granularities": 2}, "unknown key 'genome.layer_granularities'; did you mean 'layer_granularity'?"),

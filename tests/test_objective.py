@@ -187,3 +187,37 @@ def test_bad_objectives(goals: list[dict[str, Any]], words: str) -> None:
     """Each complaint is one line that names the objective or the key."""
     with pytest.raises(UserError, match=words):
         fitness({}, objectives=goals)
+
+
+# -- constraints ---------------------------------------------------------------------------------------------
+
+
+def test_violations_are_how_much_is_missed() -> None:
+    """Limits count in the metric's own direction; what is kept counts nothing; several add up."""
+    limits = [
+        {"name": "kept", "kind": "forgetting", "at_most": 0.02},
+        {"name": "floor", "tasks": ["t1"], "at_least": 0.3},
+    ]
+    o = bound(fitness({}, {}, constraints=limits))
+
+    assert o.violation(scores(0.9, 0.9)) == 0.0
+    assert o.violation(scores(0.9, 0.35)) == pytest.approx(0.5 * 0.05 - 0.02, abs=1e-6)
+    assert o.violation(scores(0.9, 0.2)) == pytest.approx((0.5 * 0.2 - 0.02) + 0.1, abs=1e-6)
+    assert o.losses(scores(0.9, 0.2)) == pytest.approx(bound(fitness({}, {})).losses(scores(0.9, 0.2)))
+
+
+@pytest.mark.parametrize(
+    ("limit", "words"),
+    [
+        ({"name": "a"}, "exactly one of at_most and at_least"),
+        ({"name": "a", "at_most": 1, "at_least": 0}, "exactly one of at_most and at_least"),
+        ({"name": "a", "at_most": 0.5}, "at_least is for metrics where higher is better"),
+        ({"name": "a", "metric": "cross_entropy", "at_least": 0.5}, "at_most for those where lower is"),
+        ({"name": "a", "kind": "forgetting", "at_least": 0.5}, "forgetting is limited by at_most"),
+        ({"name": "a", "tasks": ["t7"], "at_least": 0.5}, "there is no task 't7'"),
+    ],
+)
+def test_bad_constraints(limit: dict[str, Any], words: str) -> None:
+    """Each complaint is one line."""
+    with pytest.raises(UserError, match=words):
+        fitness({}, constraints=[limit])

@@ -517,3 +517,22 @@ def test_kill_9_at_random_moments(small_experiment: Path, tmp_path: Path, finish
     assert journal(out) == journal(finished_run)
     assert json.loads(journal(out).splitlines()[-1])["kind"] == "stop"
     shutil.rmtree(out)
+
+
+@pytest.mark.parametrize("algorithm", ["greedy-soup", "frank-wolfe", "ga", "gp"])
+def test_other_algorithms_run_and_replay(algorithm: str, experiment_with: With, tmp_path: Path) -> None:
+    """Algorithms that propose recipes, and ones that recall genomes: a cut journal is completed exactly."""
+    overrides = {"search": {"algorithm": algorithm, "budget": {"evaluations": 10}, "finalists": 3}}
+    if algorithm in ("ga", "gp"):
+        overrides["search"]["population"] = 3
+    history = run(experiment_with(**overrides), tmp_path / "whole")
+    whole = (tmp_path / "whole" / "journal.jsonl").read_bytes()
+    lines = whole.splitlines(keepends=True)
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "experiment.yaml").write_bytes((tmp_path / "whole" / "experiment.yaml").read_bytes())
+    (tmp_path / "cut" / "journal.jsonl").write_bytes(b"".join(lines[: len(lines) * 2 // 3]))
+
+    run(experiment_with(**overrides), tmp_path / "cut")
+
+    assert (tmp_path / "cut" / "journal.jsonl").read_bytes() == whole
+    assert history.winner_id is not None

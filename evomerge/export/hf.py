@@ -16,6 +16,7 @@ from torch import Tensor
 
 from evomerge.export.mergekit import MergekitError, to_mergekit
 from evomerge.files import new_folder
+from evomerge.hub import name_of
 from evomerge.manifest import Manifest
 from evomerge.merge.bank import Bank
 from evomerge.merge.builder import Builder
@@ -38,6 +39,8 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
+NOT_OURS = ("torch_dtype", "quantization_config", "_name_or_path", "auto_map")
+"""Keys of the base's config.json that do not hold for the merge: how and where the base was stored, code of its own."""
 
 
 def build_weights(recipe: Recipe, pool: ModelPool, manifest: Manifest) -> Mapping[str, Tensor]:
@@ -69,10 +72,9 @@ def write_hf(
     """
     with new_folder(target) as folder:
         weights = build_weights(recipe, pool, manifest)
-        _write_shards(folder, weights)
         base = pool.checkpoints[pool.base]
-        config = {**base.config, "dtype": recipe.dtype}
-        config.pop("torch_dtype", None)
+        _write_shards(folder, base.stored_form(weights))
+        config = {n: v for n, v in base.config.items() if n not in NOT_OURS} | {"dtype": recipe.dtype}
         _write(folder / "config.json", json.dumps(config, indent=2) + "\n")
         for name in TOKENIZER_FILES:
             if (base.path / name).is_file():
@@ -98,15 +100,14 @@ def write_hf(
 
 
 def recipe_with_paths(recipe: Recipe, pool: ModelPool) -> Recipe:
-    """The recipe as people need it: with the folders of its sources."""
-    sources = {
-        n: s.model_copy(update={"path": str(pool.checkpoints[n].path.resolve())}) for n, s in recipe.sources.items()
-    }
+    """The recipe as people need it: with the folders or hub ids of its sources."""
+    paths = _paths(pool)
+    sources = {n: s.model_copy(update={"path": str(paths[n])}) for n, s in recipe.sources.items()}
     return recipe.model_copy(update={"sources": sources})
 
 
 def _paths(pool: ModelPool) -> dict[str, Path]:
-    return {n: c.path.resolve() for n, c in pool.checkpoints.items()}
+    return {n: Path(name_of(c.path)) for n, c in pool.checkpoints.items()}
 
 
 def _write(path: Path, text: str) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from evomerge.architectures import ARCHITECTURES
 from evomerge.errors import UserError
 from evomerge.manifest import Block, Manifest
 from evomerge.merge.methods import METHODS
@@ -41,6 +42,9 @@ def to_mergekit(recipe: Recipe, manifest: Manifest, paths: Mapping[str, Path]) -
     if top_k and recipe.dtype != "float32":
         # Equal magnitudes at the cut: we keep all, mergekit an arbitrary choice; rounded weights have many.
         raise MergekitError("mergekit breaks ties of trimmed half-precision weights arbitrarily; use dtype float32")
+    if top_k and any(len(t.shape) > 2 for t in manifest.tensors):
+        # A cut is made per tensor: ours over all experts of a layer as the live model holds them.
+        raise MergekitError("mergekit trims each expert of a mixture by itself, not the experts of a layer together")
     models: list[dict[str, Any]] = []
     listed = [manifest.base, *experts] if name == "linear" else experts
     for source in listed:
@@ -102,6 +106,8 @@ def _filtered(manifest: Manifest, value_of: Any) -> Any:
 
 def _filters(block: Block) -> list[str]:
     """Substrings that mean exactly the block's tensors (the dot behind the index keeps 1 from matching 10)."""
+    if any(ARCHITECTURES["llama"].block_of(t.name) != block.name for t in block.tensors):
+        raise MergekitError("filters by tensor name were checked with mergekit for Llama-like names only")
     if block.layer is None:
         return [t.name.removesuffix(".weight") for t in block.tensors]
     prefixes = {".".join(t.name.split(".")[:4]) for t in block.tensors}

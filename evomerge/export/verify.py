@@ -10,6 +10,7 @@ from typing import Any
 
 from evomerge.errors import RunError, UserError
 from evomerge.export.hf import RECIPE, RECORD, build_weights, tensor_sha256
+from evomerge.hub import folder_of
 from evomerge.pool import Checkpoint, ModelPool
 from evomerge.recipe import Recipe
 from evomerge.tasks.base import NOTHING, Allowed
@@ -54,7 +55,7 @@ def verify(path: Path, allow: Allowed = NOTHING) -> Verification:
     export = Checkpoint(path)
     differing = sorted(
         n
-        for n in {*expected, *export.tensors}
+        for n in {*expected, *export.tensors, *export.foreign}
         if n not in expected or n not in export.tensors or tensor_sha256(export.tensor(n)) != expected[n]
     )
     if differing:
@@ -87,12 +88,12 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def open_recipe_pool(recipe: Recipe, paths: Mapping[str, Path]) -> tuple[ModelPool, Any]:
-    """Pool and manifest of a recipe whose sources name folders. Raises UserError."""
+    """Pool and manifest of a recipe whose sources name folders or hub ids. Raises UserError."""
     missing = [n for n in recipe.sources if n not in paths]
     if recipe.base not in paths or missing:
         raise UserError(f"the recipe names no folder (path) for source {(missing or [recipe.base])[0]!r}")
-    experts = {n: p for n, p in paths.items() if n != recipe.base}
-    pool = ModelPool.open(paths[recipe.base], experts, recipe.base)
+    experts = {n: folder_of(p) for n, p in paths.items() if n != recipe.base}
+    pool = ModelPool.open(folder_of(paths[recipe.base]), experts, recipe.base)
     return pool, pool.manifest()
 
 

@@ -40,14 +40,30 @@ class Bank:
 
     @classmethod
     def load(cls, pool: ModelPool, manifest: Manifest, device: torch.device) -> Bank:
-        """Copy every tensor from its mapped file to its place. Mixed dtypes of one source are promoted."""
+        """Copy every tensor from its mapped file to its place. Mixed dtypes of one source are promoted.
+
+        Rows of the vocabulary are tokens by id, in the base's number: rows that only a source has are left out,
+        and rows that it lacks are the base's.
+        """
+        base = pool.checkpoints[pool.base]
         flat = {}
         for name, checkpoint in pool.checkpoints.items():
-            kinds = {DTYPES[checkpoint.tensors[t.name].dtype] for t in manifest.tensors}
+            own = checkpoint.tensors
+            short = {t.name for t in manifest.tensors if own[t.name].shape[:1] < t.shape[:1]}
+            kinds = {DTYPES[own[t.name].dtype] for t in manifest.tensors}
+            kinds |= {DTYPES[base.tensors[n].dtype] for n in short}
             dtype = kinds.pop() if len(kinds) == 1 else torch.float32
             vector = torch.zeros(manifest.elements, dtype=dtype, device=device)
             for t in manifest.tensors:
-                vector[t.offset : t.offset + t.size].copy_(checkpoint.tensor(t.name).view(-1))
+                place = vector[t.offset : t.offset + t.size].view(t.shape)
+                tensor = checkpoint.tensor(t.name)
+                if t.name in base.stock.rows:
+                    rows = min(len(place), len(tensor))
+                    place[:rows].copy_(tensor[:rows])
+                    if t.name in short:
+                        place[rows:].copy_(base.tensor(t.name)[rows:])
+                else:
+                    place.copy_(tensor)
             flat[name] = vector
         return cls(flat, manifest)
 

@@ -10,39 +10,40 @@ import torch
 from torch import Tensor
 
 from evomerge.errors import UserError
-from evomerge.pool import TORCH_DTYPES
+from evomerge.pool import TORCH_DTYPES, read_json
+from evomerge.stock import stock_config, stock_model
 
 
 def live_model(folder: Path, views: Mapping[str, Tensor], dtype: str) -> Any:
-    """Build the architecture of `folder`'s config and put `views` in the place of its parameters.
+    """Build the architecture of `folder`'s config and put `views` in the place of its parameters and stored buffers.
 
     Nothing is initialised or copied; buffers such as the rotary table keep the precision that transformers
     gives them (casting a whole model would round them). Raises UserError where names or shapes differ.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.initialization import no_init_weights
-
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    with no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=TORCH_DTYPES[dtype], attn_implementation="sdpa")
-    model.tie_weights()
+    config = stock_config(folder, read_json(folder / "config.json"))
+    model = stock_model(folder, config, TORCH_DTYPES[dtype])
     missing = dict(views)
-    for name, parameter in model.named_parameters():
+    placed: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) in placed:  # the second name of a tied parameter
+            continue
+        placed.add(id(tensor))
         view = missing.pop(name, None)
         if view is None:
             raise UserError(f"{folder}: transformers expects a tensor {name!r} that the checkpoint does not have")
-        if view.shape != parameter.shape:
+        if view.shape != tensor.shape:
             raise UserError(
-                f"{folder}: {name!r} has shape {list(view.shape)}, transformers expects {list(parameter.shape)}"
+                f"{folder}: {name!r} has shape {list(view.shape)}, transformers expects {list(tensor.shape)}"
             )
-        parameter.requires_grad_(False)
-        parameter.data = view
+        tensor.requires_grad_(False)
+        tensor.data = view
     if missing:
         raise UserError(f"{folder}: transformers has no place for the tensor {next(iter(missing))!r}")
     device = next(iter(views.values())).device
     for module in model.modules():
         for key, buffer in module.named_buffers(recurse=False):
-            setattr(module, key, buffer.to(device))
+            if id(buffer) not in placed:
+                setattr(module, key, buffer.to(device))
     model.eval()
     return model
 

@@ -139,7 +139,7 @@ def results(history: History, split: str = "report") -> Results:
     winner = None if history.winner_id is None else history.entry(history.winner_id)
     if winner is not None and (scores := winner.scores(split)) is not None:
         models["winner"] = scores
-    table = [cell for name, scores in models.items() for cell in _cells(history, name, scores, split)]
+    table = [cell for name, scores in models.items() for cell in cells(history, name, scores, split)]
     comparisons = []
     if "winner" in models:
         for name in models:
@@ -154,7 +154,8 @@ def results(history: History, split: str = "report") -> Results:
     return Results(table, comparisons, history.winner_id, optimism, history.cached, history.looks)
 
 
-def _cells(history: History, model: str, scores: Scores, split: str) -> list[Score]:
+def cells(history: History, model: str, scores: Scores, split: str) -> list[Score]:
+    """A model's row of the table: a cell for each task, then that of their mean."""
     out, columns = [], []
     for t in history.experiment.tasks:
         column = scores[t.name][t.report_metric]
@@ -187,17 +188,17 @@ def text_table(history: History, split: str = "report") -> str:
         return f"nothing is scored on the {split} split yet"
     tasks = [*(t.name for t in history.experiment.tasks), MEAN]
     names = list(dict.fromkeys(s.model for s in r.table))
-    cells = {(s.model, s.task): f"{s.score:.3f} [{s.low:.2f}, {s.high:.2f}]" for s in r.table}
+    cell = {(s.model, s.task): f"{s.score:.3f} [{s.low:.2f}, {s.high:.2f}]" for s in r.table}
     n = {s.task: s.n for s in r.table}
     lines = [f"{_metric(history)} on the {split} split, 95% intervals"]
-    lines += _grid(["model", *(f"{t} (n={n[t]})" for t in tasks)], [[m, *(cells[m, t] for t in tasks)] for m in names])
+    lines += _grid(["model", *(f"{t} (n={n[t]})" for t in tasks)], [[m, *(cell[m, t] for t in tasks)] for m in names])
     if r.comparisons:
         rows = []
         for model in dict.fromkeys(c.model for c in r.comparisons):
             row = [f"- {model}"]
             for task in tasks:
                 c = next(c for c in r.comparisons if (c.model, c.task) == (model, task))
-                row.append(f"{c.difference:+.3f} [{c.low:+.2f}, {c.high:+.2f}] {_p_text(c.p)}")
+                row.append(f"{c.difference:+.3f} [{c.low:+.2f}, {c.high:+.2f}] {p_text(c.p)}")
             rows.append(row)
         lines += ["", "winner minus each, paired by item"]
         lines += _grid(["winner", *tasks], rows)
@@ -234,7 +235,8 @@ def _warnings(history: History, r: Results) -> list[str]:
     ]
 
 
-def _p_text(p: float) -> str:
+def p_text(p: float) -> str:
+    """A p-value with as many digits as say something."""
     return "p<0.001" if p < 0.001 else f"p={p:.3f}" if p < 0.1 else f"p={p:.1f}"
 
 

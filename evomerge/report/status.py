@@ -19,7 +19,11 @@ SLOW = 2.0
 
 def status(path: Path) -> dict[str, Any]:
     """Progress of a run directory, finished or live. Raises UserError where it is none."""
-    h = History.read(path)
+    return status_of(History.read(path))
+
+
+def status_of(h: History) -> dict[str, Any]:
+    """Progress of a run that was read already."""
     searched = [e for e in h.entries.values() if e.role == "search"]
     results = [(e, s, r) for e in h.entries.values() for s, r in e.results.items()]
     failures: dict[str, int] = {}
@@ -29,7 +33,7 @@ def status(path: Path) -> dict[str, Any]:
     losses = {e.id: h.losses(e, "search") for e in h.entries.values() if e.scores("search") is not None}
     losses = {i: x for i, x in losses.items() if np.isfinite(x).all()}
     best = list(losses)[int(order(np.array(list(losses.values())))[0])] if losses else None
-    lines = [t for t in read_telemetry(path / TELEMETRY) if "proposal" in t]
+    lines = [t for t in read_telemetry(h.path / TELEMETRY) if "proposal" in t]
     sizes = {s: sum(len(i) for i in ids.values()) for s, ids in h.item_ids.items()}
     phase = "finished" if h.stopped else "final" if h.final else "searching" if searched else "baselines"
     return {

@@ -27,6 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from evomerge.architectures import ARCHITECTURES
 from evomerge.errors import UserError
 from evomerge.score.model import NonFinite
 from evomerge.score.plan import Plan, Scorable, Target, places
@@ -294,6 +295,8 @@ def _masks(
 
     Models whose layers differ in their attention window get one by type of layer, as transformers takes them.
     """
+    if not _takes_branches(config):
+        return torch.empty(0)
     length = segment.shape[1]
     causal = np.tril(np.ones((length, length), dtype=bool))
     query, key = segment[:, :, None], segment[:, None, :]
@@ -320,8 +323,18 @@ def _windows(config: Any) -> dict[str, int | None]:
     return {k: int(window) if window is not None and k == "sliding_attention" else None for k in sorted(set(kinds))}
 
 
+def _takes_branches(config: Any) -> bool:
+    """Whether choices may stand side by side behind one context: for families where that was checked.
+
+    Others may carry a recurrent state, count positions by themselves or read the mask in their own way.
+    """
+    return config.model_type in ARCHITECTURES
+
+
 def _prefix_cache(model: Any, plan: ChoicePlan) -> Any:
-    """Keys and values of the shared prefix, batch size 1, or None."""
+    """Keys and values of the shared prefix, batch size 1, or None; its bare tokens (P,) for unchecked families."""
+    if not _takes_branches(model.config):
+        return torch.from_numpy(plan.prefix.astype(np.int64))
     if not len(plan.prefix):
         return None
     from transformers import DynamicCache
@@ -349,26 +362,62 @@ def _expanded(cache: Any, rows: int) -> Any:
 
 def _run(model: Any, batch: _Batch, past: Any) -> Tensor:
     """Summed log-probability of every choice of the batch, shape (C,), fp32."""
+    if not _takes_branches(model.config):
+        return _run_rows(model, batch, past)
+    logits = _answer_logits(
+        model,
+        batch.answers,
+        input_ids=batch.tokens,
+        attention_mask=batch.mask,
+        position_ids=batch.positions,
+        past_key_values=None if past is None else _expanded(past, len(batch.tokens)),
+        use_cache=past is not None,
+    )
+    total = logits.logsumexp(dim=-1)
+    picked = logits[batch.pick_rows, batch.pick_tokens] - total[batch.pick_rows]
+    return torch.where(batch.pick_valid, picked, 0.0).sum(dim=-1)
+
+
+def _run_rows(model: Any, batch: _Batch, prefix: Tensor) -> Tensor:
+    """The same for any causal model: one whole row a choice, padded behind, without mask, positions or cache."""
+    length, room = batch.tokens.shape[1], batch.tokens.numel()
+    tokens, answers = batch.tokens.cpu().reshape(-1), batch.answers.cpu()
+    rows = []
+    for picks, valid in zip(batch.pick_rows.cpu(), batch.pick_valid.cpu(), strict=True):
+        at = answers[picks[valid]]  # the last token of the context, then the choice's own
+        start = int(at[0]) // length * length
+        rows.append(torch.cat([prefix, tokens[start : int(at[0]) + 1], tokens[at[1:]]]))
+    out = []
+    wide = max(len(r) for r in rows)
+    step = max(1, room // wide)
+    for n in range(0, len(rows), step):
+        part, valid = rows[n : n + step], batch.pick_valid[n : n + step]
+        padded = torch.zeros(len(part), wide, dtype=torch.long)
+        where = []
+        for i, (row, count) in enumerate(zip(part, valid.sum(dim=1).tolist(), strict=True)):
+            padded[i, : len(row)] = row
+            where.append(torch.arange(len(row) - count, len(row)) + i * wide)
+        device = batch.tokens.device
+        logits = _answer_logits(model, torch.cat(where).to(device), input_ids=padded.to(device), use_cache=False)
+        log_p = logits.gather(1, batch.pick_tokens[n : n + step][valid][:, None])[:, 0] - logits.logsumexp(dim=-1)
+        sums = torch.zeros(valid.shape, dtype=log_p.dtype, device=device)
+        sums[valid] = log_p
+        out.append(sums.sum(dim=-1))
+    return torch.cat(out)
+
+
+def _answer_logits(model: Any, answers: Tensor, **inputs: Any) -> Tensor:
+    """Logits (R, vocabulary), fp32, at the flat positions `answers` (R,) of the batch."""
 
     def answer_rows(_module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         # Through the head go only rows that predict an answer token; what the model does to logits
         # behind its head (scaling, soft caps) is elementwise and stays the model's own.
         hidden = args[0]
-        return (hidden.reshape(-1, hidden.shape[-1])[batch.answers][None], *args[1:])
+        return (hidden.reshape(-1, hidden.shape[-1])[answers][None], *args[1:])
 
-    head = model.get_output_embeddings()
-    hook = head.register_forward_pre_hook(answer_rows)
+    hook = model.get_output_embeddings().register_forward_pre_hook(answer_rows)
     try:
-        logits = model(
-            input_ids=batch.tokens,
-            attention_mask=batch.mask,
-            position_ids=batch.positions,
-            past_key_values=None if past is None else _expanded(past, len(batch.tokens)),
-            use_cache=past is not None,
-        ).logits[0]
+        logits: Tensor = model(**inputs).logits[0]
     finally:
         hook.remove()
-    logits = logits.float()
-    total = logits.logsumexp(dim=-1)
-    picked = logits[batch.pick_rows, batch.pick_tokens] - total[batch.pick_rows]
-    return torch.where(batch.pick_valid, picked, 0.0).sum(dim=-1)
+    return logits.float()

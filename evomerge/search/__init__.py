@@ -25,6 +25,13 @@ ALGORITHMS: Mapping[str, Algorithm] = {
     "cma-es": Algorithm(
         "evomerge.search.cmaes:CmaEs", "covariance matrix adaptation, restarts with doubled population"
     ),
+    "ga": Algorithm("evomerge.search.ga:Ga", "tournaments, blend crossover, mutation: a plain baseline"),
+    "greedy-soup": Algorithm("evomerge.search.greedy_soup:GreedySoup", "experts join a plain mean where that helps"),
+    "frank-wolfe": Algorithm("evomerge.search.frank_wolfe:FrankWolfe", "steps towards the expert that helps most"),
+    "nsga-ii": Algorithm("evomerge.search.nsga2:Nsga2", "Pareto front by crowding distance, for two objectives"),
+    "nsga-iii": Algorithm("evomerge.search.nsga3:Nsga3", "Pareto front by reference directions, for three and more"),
+    "tpe": Algorithm("evomerge.search.tpe:Tpe", "tree-structured Parzen estimators: mixed and conditional axes"),
+    "gp": Algorithm("evomerge.search.gp:Gp", "Gaussian process: fewest evaluations where axes are few"),
     "random": Algorithm("evomerge.search.random_search:RandomSearch", "uniform points: the baseline to beat"),
 }
 

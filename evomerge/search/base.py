@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from evomerge.manifest import Manifest
 from evomerge.proposal import Genome, Proposal, Result
 
 
@@ -20,6 +21,10 @@ class Needs:
     axis_kinds: frozenset[str] = frozenset({"float", "int", "categorical"})
     per_item_scores: bool = False
     scope: Literal["generation", "archive"] = "generation"
+    constraints: bool = False
+    """Whether it looks at `Result.violation` itself."""
+    proposes: Literal["genomes", "recipes"] = "genomes"
+    """Recipes come from algorithms that mix sources themselves; they use no axes."""
     steady: bool = False
     """Whether it may be asked while tells are outstanding (steady state with a fixed lag)."""
 
@@ -53,9 +58,19 @@ class Optimizer(Protocol):
 
 @dataclass(frozen=True)
 class Start:
-    """Where a search begins: a point of the unit cube."""
+    """Where a search begins: a point of the unit cube, how many losses it will be told, whether
+    results may violate constraints, and what it asked before.
+
+    `recall(id)` is the genome of proposal `id` where a journal that is replayed has it, else None: algorithms that
+    take long to ask may take it in place of asking again.
+    """
 
     genome: Genome
+    objectives: int = 1
+    constrained: bool = False
+    recall: Callable[[int], Genome | None] = lambda _: None
+    manifest: Manifest | None = None
+    dtype: str = "float32"
 
 
 Ids = Iterator[int]

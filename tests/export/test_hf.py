@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from evomerge.architectures import ARCHITECTURES
 from evomerge.errors import RunError, UserError
 from evomerge.export import hf
 from evomerge.export.hf import write_hf
@@ -21,6 +22,7 @@ from evomerge.merge.pipeline import BuildError
 from evomerge.pool import Checkpoint, ModelPool
 from evomerge.recipe import Recipe
 
+WEIGHTS = "model.safetensors"
 TOKENS = torch.tensor([[1, 40, 300, 7, 7, 410, 99, 260, 13, 5]])
 RULES: list[dict[str, Any]] = [
     {
@@ -45,12 +47,12 @@ def leftovers(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir())
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("arch", "tied"), [("llama", False), ("mistral", False), ("qwen2", True), ("qwen3", True)])
+@pytest.mark.parametrize(("tied", "dtype"), [(False, "float32"), (True, "bfloat16")])
+@pytest.mark.parametrize("arch", [*ARCHITECTURES, "mixtral", "qwen2_moe", "mamba", "opt", "bloom"])
 def test_stock_transformers_loads_what_was_scored(
     tiny_model: Any, tmp_path: Path, arch: str, tied: bool, dtype: str
 ) -> None:
-    """The folder's logits in from_pretrained equal the live model's to the bit, and its tokenizer loads."""
+    """The folder's weights and logits in from_pretrained equal the live model's to the bit; no name is amiss."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     pool = pool_of(tiny_model, arch, dtype, tied=tied)
@@ -61,15 +63,70 @@ def test_stock_transformers_loads_what_was_scored(
     builder.build(recipe)
     folder = write_hf(tmp_path / "out", recipe, pool, manifest)
 
-    stock = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    stock, info = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    assert not any(info.values()), info
+    for name, weight in stock.state_dict().items():
+        assert torch.equal(weight, live.state_dict()[name]), name
+    assert set(load_file(folder / "model.safetensors")) == set(load_file(pool.checkpoints["base"].path / WEIGHTS))
+    stock.eval()
     with torch.inference_mode():
         assert torch.equal(stock(input_ids=TOKENS).logits, live(input_ids=TOKENS).logits)
     assert stock.dtype == getattr(torch, dtype)
     assert AutoTokenizer.from_pretrained(folder)("Once")["input_ids"][0] == 1
-    assert ("lm_head.weight" in load_file(folder / "model.safetensors")) != tied
     config = json.loads((folder / "config.json").read_text())
     assert (config["dtype"], config["model_type"]) == (dtype, arch)
     assert "torch_dtype" not in config
+
+
+def test_the_export_keeps_the_bases_names(tiny_model: Any, tmp_path: Path) -> None:
+    """A GPT-2 without prefix is exported without it, and loads; experts may be stored under other names."""
+    from transformers import AutoModelForCausalLM
+
+    base = tiny_model("gpt2", tied=True, name="bare")
+    tensors = load_file(base / WEIGHTS)
+    bare = {n.removeprefix("transformer."): t for n, t in tensors.items()}
+    save_file(bare, base / WEIGHTS, {"format": "pt"})
+    pool = ModelPool.open(base, {"x": tiny_model("gpt2", 1, tied=True), "y": tiny_model("gpt2", 2, tied=True)})
+    folder = write_hf(tmp_path / "out", canonical(pool), pool, pool.manifest())
+
+    assert set(load_file(folder / WEIGHTS)) == set(bare)
+    stock, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values())
+    assert torch.equal(stock.transformer.wpe.weight, load_file(folder / WEIGHTS)["wpe.weight"])
+    assert verify(folder).ok
+
+
+def test_a_merge_over_vocabularies_of_other_length(tiny_model: Any, tmp_path: Path) -> None:
+    """Export and live model have the base's rows, whatever the experts have."""
+    from transformers import AutoModelForCausalLM
+
+    sizes = {"x": 520, "y": 500}
+    experts = {n: tiny_model("gpt_neox", i, vocab_size=v) for i, (n, v) in enumerate(sizes.items(), 1)}
+    pool = ModelPool.open(tiny_model("gpt_neox"), experts)
+    manifest = pool.manifest()
+    builder = Builder(Bank.load(pool, manifest, torch.device("cpu")), "float32")
+    live = live_model(pool.checkpoints["base"].path, builder.views(), "float32")
+    builder.build(canonical(pool))
+    folder = write_hf(tmp_path / "out", canonical(pool), pool, manifest)
+
+    stock = AutoModelForCausalLM.from_pretrained(folder).eval()
+    assert stock.get_input_embeddings().weight.shape == (512, 32)
+    with torch.inference_mode():
+        assert torch.equal(stock(input_ids=TOKENS).logits, live(input_ids=TOKENS).logits)
+
+
+def test_what_the_config_says_of_the_bases_files_stays_behind(tiny_model: Any, tmp_path: Path) -> None:
+    """Quantisation, code and the base's own name are not the merge's, in the export as in the live model."""
+    base = tiny_model("llama", name="stale")
+    config = json.loads((base / "config.json").read_text())
+    config |= {"quantization_config": {"quant_method": "gptq", "bits": 4}, "_name_or_path": "/home/me", "auto_map": {}}
+    (base / "config.json").write_text(json.dumps(config))
+    pool = ModelPool.open(base, {"x": tiny_model("llama", 1), "y": tiny_model("llama", 2)})
+    folder = write_hf(tmp_path / "out", canonical(pool), pool, pool.manifest())
+
+    written = json.loads((folder / "config.json").read_text())
+    assert not {"quantization_config", "_name_or_path", "auto_map"} & set(written)
+    assert set(written) >= set(config) - {"quantization_config", "_name_or_path", "auto_map", "torch_dtype"}
 
 
 def test_another_dtype_than_the_sources(tiny_model: Any, tmp_path: Path) -> None:

@@ -135,6 +135,25 @@ def test_refusals_give_the_reason(manifest: Manifest, rules: list[dict[str, Any]
     assert isinstance(caught.value, UserError)
 
 
+@pytest.mark.parametrize(
+    ("arch", "rule", "reason"),
+    [
+        ("gpt2", {"match": {"layers": [0, 0]}, "method": "task_arithmetic"}, "checked with mergekit for Llama-like"),
+        ("gpt_neox", {"match": {"module": "mlp"}, "method": "task_arithmetic"}, "checked with mergekit for Llama-like"),
+        ("mixtral", {"method": "ties"}, "trims each expert of a mixture by itself"),
+    ],
+)
+def test_other_families(tiny_model: Any, arch: str, rule: dict[str, Any], reason: str) -> None:
+    """What mergekit calls otherwise or cuts otherwise is refused; one number for all is not."""
+    other = ModelPool.open(tiny_model(arch), {"x": tiny_model(arch, 1)}).manifest()
+    source = {"weight": 0.5, **({"density": 0.3} if rule["method"] == "ties" else {})}
+
+    with pytest.raises(MergekitError, match=reason):
+        exported(other, {**rule, "sources": {"x": source}})
+    plain = exported(other, {"method": "task_arithmetic", "sources": {"x": {"weight": 0.5}}})
+    assert plain["models"] == [{"model": "/models/x", "parameters": {"weight": 0.5}}]
+
+
 def test_tied_models_have_no_filter_for_the_head(tiny_model: Any) -> None:
     """The head of a tied model is its embedding, and mergekit writes no head either."""
     pool = ModelPool.open(tiny_model("llama", tied=True), {"x": tiny_model("llama", 1, tied=True)})

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from evomerge.architectures import ARCHITECTURES
 from evomerge.errors import UserError
 from evomerge.merge.live import load_tokenizer
 from evomerge.score.model import NonFinite
@@ -89,9 +90,8 @@ def assert_equal(ours: list[Any], theirs: list[Any], tolerance: float = TOLERANC
 # -- against plain transformers -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("end_of_text", [False, True], ids=["open", "closed"])
-@pytest.mark.parametrize("prefix", ["", STORY], ids=["bare", "prefixed"])
-@pytest.mark.parametrize("arch", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize(("prefix", "end_of_text"), [("", False), (STORY, True)], ids=["bare open", "prefixed closed"])
+@pytest.mark.parametrize("arch", [*ARCHITECTURES, "mamba", "opt", "bloom", "qwen2_moe"])
 def test_scores_are_those_of_plain_transformers(tiny_model: Any, arch: str, prefix: str, end_of_text: bool) -> None:
     """Every choice of every item, with and without a shared prefix, within 1e-5 per token in fp32."""
     folder = tiny_model(arch)
@@ -120,6 +120,10 @@ WINDOWS: list[tuple[str, dict[str, Any]]] = [
     ("qwen2", {"sliding_window": 5, "use_sliding_window": True, "max_window_layers": 1}),
     ("qwen3", {"sliding_window": 5, "use_sliding_window": True, "max_window_layers": 1}),
     ("qwen2", {"sliding_window": 5, "use_sliding_window": False}),
+    ("phi3", {"sliding_window": 5}),
+    ("gemma2", {"sliding_window": 5}),
+    ("gemma3_text", {"sliding_window": 5}),
+    ("gemma3_text", {"sliding_window": 5, "layer_types": ["sliding_attention", "sliding_attention"]}),
 ]
 
 

@@ -1,0 +1,362 @@
+"""Plain plotly figures of a run from plain data; `html.figure` puts them into a page.
+
+Colours: Okabe and Ito's palette, which readers with any colour vision tell apart; marks differ in shape too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+WINNER = "#D55E00"
+GREY = "#8A939C"
+PALETTE = ("#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8B6BB1", "#7A6A4F", "#B8A900")
+SYMBOLS = ("square", "diamond", "triangle-up", "triangle-down", "cross", "pentagon", "hexagon", "star-diamond")
+DIVERGING = [
+    [0.0, "#2166AC"],
+    [0.25, "#92C5DE"],
+    [0.5, "#F7F7F7"],
+    [0.75, "#F4A582"],
+    [1.0, "#B2182B"],
+]
+"""ColorBrewer's RdBu: negative blue, 0 near white, positive red."""
+SEQUENTIAL = [[0.0, "#F7FBFF"], [0.5, "#6BAED6"], [1.0, "#08306B"]]
+
+Figure = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Mark:
+    """One estimate with its interval."""
+
+    model: str
+    task: str
+    value: float
+    low: float
+    high: float
+    hover: str = ""
+
+
+def styles(models: Sequence[str], chosen: str) -> dict[str, tuple[str, str]]:
+    """Colour and symbol by model: `chosen` in vermilion, the first (the base) grey, the others by the palette."""
+    out = {chosen: (WINNER, "circle")}
+    for i, model in enumerate(m for m in models if m != chosen):
+        j = (i - 1) % len(PALETTE)
+        # Beyond eight models the colours repeat with other symbols.
+        symbol = SYMBOLS[(j + 3 * ((i - 1) // len(PALETTE))) % len(SYMBOLS)]
+        out[model] = (PALETTE[j], symbol) if i else (GREY, "circle")
+    return out
+
+
+def intervals(marks: Sequence[Mark], title: str, style: Mapping[str, tuple[str, str]], *, zero: bool = False) -> Figure:
+    """Estimates with intervals, tasks below each other, one row a model; `zero` draws the line of no difference."""
+    models, tasks = list(dict.fromkeys(m.model for m in marks)), list(dict.fromkeys(m.task for m in marks))
+    group = len(models) + 1
+    row = {(m, t): i * group + j for i, t in enumerate(tasks) for j, m in enumerate(models)}
+    pitch = min(15.0, max(6.0, 2000 / (group * len(tasks))))
+    size = min(9.0, pitch * 0.8)
+    data = []
+    for model in models:
+        mine = [m for m in marks if m.model == model]
+        colour, symbol = style[model]
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "name": clipped(model),
+                "x": [m.value for m in mine],
+                "y": [row[m.model, m.task] for m in mine],
+                "error_x": {
+                    "type": "data",
+                    "symmetric": False,
+                    "array": [m.high - m.value for m in mine],
+                    "arrayminus": [m.value - m.low for m in mine],
+                    "thickness": 2.5 if colour == WINNER else 1.5,
+                    "width": 0,
+                },
+                "marker": {"color": colour, "symbol": symbol, "size": size + (2 if colour == WINNER else 0)},
+                "customdata": [[model, m.task, m.hover] for m in mine],
+                "hovertemplate": "<b>%{customdata[0]}</b>, %{customdata[1]}<br>%{customdata[2]}<extra></extra>",
+            }
+        )
+    middle = (len(models) - 1) / 2
+    lines = [_line("y", i * group - 1) for i in range(1, len(tasks))]
+    return {
+        "data": data,
+        "layout": {
+            "height": round(pitch * group * len(tasks)) + 60 + 30 * _legend_rows(models) + 40,
+            "xaxis": {"title": {"text": title}, "zeroline": zero, "zerolinewidth": 2},
+            "yaxis": {
+                "tickvals": [i * group + middle for i in range(len(tasks))],
+                "ticktext": [clipped(t, 28) for t in tasks],
+                "range": [group * len(tasks) - 0.5, -1.5],
+                "showgrid": False,
+                "zeroline": False,
+            },
+            "shapes": lines,
+            "showlegend": True,
+            "legend": {"itemsizing": "constant"},
+            "margin": {"t": 20},
+        },
+    }
+
+
+def _legend_rows(models: Sequence[str]) -> int:
+    return 1 + sum(len(clipped(m)) + 6 for m in models) // 110
+
+
+def _line(axis: str, at: float) -> Figure:
+    across = "x" if axis == "y" else "y"
+    style = {"color": GREY, "width": 0.6, "dash": "dot"}
+    return {
+        "type": "line",
+        "layer": "below",
+        f"{axis}0": at,
+        f"{axis}1": at,
+        f"{across}ref": "paper",
+        f"{across}0": 0,
+        f"{across}1": 1,
+        "line": style,
+    }
+
+
+@dataclass(frozen=True)
+class Point:
+    """One candidate in the picture of progress; a loss that is not finite marks a failure."""
+
+    id: int
+    kind: str
+    loss: float
+    hover: Sequence[str] = ()
+
+
+KINDS: Mapping[str, tuple[str, str, float, float]] = {
+    "candidate": ("#56B4E9", "circle", 6, 0.55),
+    "finalist": ("#0072B2", "circle-open", 9, 1.0),
+    "probe": ("#009E73", "diamond", 8, 0.9),
+    "stage's mean": ("#E69F00", "square", 8, 0.9),
+    "given": ("#CC79A7", "triangle-up", 9, 0.9),
+    "baseline": (GREY, "diamond-open", 9, 1.0),
+    "winner": (WINNER, "star", 15, 1.0),
+}
+"""Colour, symbol, size and opacity by kind of point, in the order of drawing."""
+
+
+def progress(points: Sequence[Point], best: Sequence[tuple[int, float]], stages: Sequence[tuple[int, str]]) -> Figure:
+    """Losses by candidate: `best` are the improvements (id, loss) of the best so far, `stages` where each begins."""
+    ok = [p for p in points if math.isfinite(p.loss)]
+    failed = [p for p in points if not math.isfinite(p.loss)]
+    lines = max((len(p.hover) for p in points), default=0)
+    # Hovers come from the run, so their lines are data, and the breaks between them are the template's.
+    template = "<b>candidate %{customdata[0]}</b>" + "".join(f"<br>%{{customdata[{i + 1}]}}" for i in range(lines))
+
+    def trace(name: str, some: Sequence[Point], marker: Figure, **more: Any) -> Figure:
+        return {
+            "type": "scatter",
+            "mode": "markers",
+            "name": name,
+            "x": [p.id for p in some],
+            "y": [p.loss for p in some],
+            "customdata": [[p.id, *p.hover, *[""] * (lines - len(p.hover))] for p in some],
+            "hovertemplate": template + "<extra></extra>",
+            "marker": marker,
+            **more,
+        }
+
+    data: list[Figure] = []
+    for kind, (colour, symbol, size, opacity) in KINDS.items():
+        some = [p for p in ok if p.kind == kind]
+        if some:
+            data.append(trace(kind, some, {"color": colour, "symbol": symbol, "size": size, "opacity": opacity}))
+    if best:
+        last = max(p.id for p in points)
+        data.insert(
+            0,
+            {
+                "type": "scatter",
+                "mode": "lines",
+                "name": "best so far",
+                "x": [*(i for i, _ in best), last],
+                "y": [*(x for _, x in best), best[-1][1]],
+                "line": {"color": "#0072B2", "width": 2, "shape": "hv"},
+                "hoverinfo": "skip",
+            },
+        )
+    if failed:
+        marker = {"color": "#B2182B", "symbol": "x", "size": 8}
+        data.append(trace("failed", failed, marker, y=[0] * len(failed), yaxis="y2"))
+    layout: Figure = {
+        "height": 460,
+        "xaxis": {"title": {"text": "candidate, in the order they were asked"}, "zeroline": False},
+        "yaxis": {
+            "title": {"text": "loss on the search split (lower is better)"},
+            "range": loss_range(ok),
+            "zeroline": False,
+            "domain": [0, 0.92 if failed else 1],
+        },
+        "showlegend": True,
+        "shapes": [_line("x", at - 0.5) for at, _ in stages],
+        "annotations": [
+            {
+                "x": at - 0.5,
+                "y": 0.0,
+                "xref": "x",
+                "yref": "paper",
+                "text": clipped(name),
+                "showarrow": False,
+                "xanchor": "left",
+                "yanchor": "bottom",
+                "font": {"color": GREY, "size": 12},
+            }
+            for at, name in stages
+        ],
+        "margin": {"t": 40},
+    }
+    if failed:
+        layout["yaxis2"] = {"domain": [0.94, 1], "range": [-1, 1], "visible": False, "fixedrange": True}
+    return {"data": data, "layout": layout}
+
+
+def loss_range(points: Sequence[Point]) -> list[float] | None:
+    """The losses worth looking at: from the best to most candidates and half of the baselines, not every outlier."""
+    losses = sorted(p.loss for p in points)
+    if not losses:
+        return None
+    usual = sorted(p.loss for p in points if p.kind != "baseline") or losses
+    top = max(usual[int(0.95 * (len(usual) - 1))], losses[0])
+    base = [p.loss for p in points if p.kind == "baseline"]
+    if base:
+        top = max(top, min(base))
+    pad = 0.06 * (top - losses[0]) or 0.05 * max(abs(top), 1e-3)
+    return [losses[0] - pad, top + pad]
+
+
+def heat_map(
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[str],
+    z: Sequence[Sequence[float | None]],
+    *,
+    limit: float,
+    signed: bool,
+) -> Figure:
+    """Coefficients by block (columns) and expert (rows); colours over [-limit, limit], or [0, limit] where unsigned."""
+    cells = len(columns) <= 14
+    return {
+        "data": [
+            {
+                "type": "heatmap",
+                "x": list(columns),
+                "y": [clipped(r, 28) for r in rows],
+                "z": [list(r) for r in z],
+                "colorscale": DIVERGING if signed else SEQUENTIAL,
+                "zmin": -limit if signed else 0.0,
+                "zmax": limit,
+                "xgap": 1,
+                "ygap": 1,
+                "hoverongaps": False,
+                "hovertemplate": "%{y}, %{x}<br>" + title + " %{z:.4g}<extra></extra>",
+                "texttemplate": "%{z:.2f}" if cells else "",
+                "colorbar": {
+                    "title": {"text": title, "side": "top", "font": {"size": 13}},
+                    "thickness": 12,
+                    "outlinewidth": 0,
+                },
+            }
+        ],
+        "layout": {
+            "height": 110 + 34 * len(rows),
+            "xaxis": {"type": "category", "showgrid": False},
+            "yaxis": {"type": "category", "showgrid": False, "autorange": "reversed"},
+            "margin": {"t": 30},
+        },
+    }
+
+
+def by_split(
+    splits: Sequence[str], models: Mapping[str, Sequence[Mark | None]], title: str, style: Mapping[str, tuple[str, str]]
+) -> Figure:
+    """Mean scores from split to split, a line a model; a model without a score on a split has a gap there."""
+    data = []
+    for i, (model, marks) in enumerate(models.items()):
+        colour, symbol = style[model]
+        # Beside each other, so that intervals do not hide one another.
+        shift = 0.3 * (i / max(1, len(models) - 1) - 0.5)
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "lines+markers",
+                "name": clipped(model),
+                "x": [j + shift for j in range(len(splits))],
+                "y": [None if m is None else m.value for m in marks],
+                "error_y": {
+                    "type": "data",
+                    "symmetric": False,
+                    "array": [None if m is None else m.high - m.value for m in marks],
+                    "arrayminus": [None if m is None else m.value - m.low for m in marks],
+                    "thickness": 1.2,
+                    "width": 0,
+                },
+                "line": {"color": colour, "width": 3 if colour == WINNER else 1.2},
+                "marker": {"color": colour, "symbol": symbol, "size": 9 if colour == WINNER else 7},
+                "customdata": [[model, s, "" if m is None else m.hover] for s, m in zip(splits, marks, strict=True)],
+                "hovertemplate": "<b>%{customdata[0]}</b>, %{customdata[1]}<br>%{customdata[2]}<extra></extra>",
+            }
+        )
+    return {
+        "data": data,
+        "layout": {
+            "height": 350 + 20 * _legend_rows(list(models)),
+            "xaxis": {
+                "tickvals": list(range(len(splits))),
+                "ticktext": list(splits),
+                "range": [-0.4, len(splits) - 0.6],
+                "showgrid": False,
+                "zeroline": False,
+            },
+            "yaxis": {"title": {"text": title}, "zeroline": False},
+            "showlegend": True,
+            "margin": {"t": 20},
+        },
+    }
+
+
+def ancestry(nodes: Sequence[tuple[int, float]], edges: Sequence[tuple[int, int]], winner: int) -> Figure:
+    """A candidate's ancestors by number and loss, with a line from every parent to its child."""
+    at = dict(nodes)
+    edges = [(a, b) for a, b in edges if a in at and b in at]
+    return {
+        "data": [
+            {
+                "type": "scatter",
+                "mode": "lines",
+                "x": [x for a, b in edges for x in (a, b, None)],
+                "y": [y for a, b in edges for y in (at[a], at[b], None)],
+                "line": {"color": GREY, "width": 1},
+                "hoverinfo": "skip",
+            },
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "x": [i for i, _ in nodes],
+                "y": [x for _, x in nodes],
+                "customdata": [[i] for i, _ in nodes],
+                "marker": {"size": 8, "color": [WINNER if i == winner else "#0072B2" for i, _ in nodes]},
+                "hovertemplate": "<b>candidate %{customdata[0]}</b><br>loss %{y:.4f}<extra></extra>",
+            },
+        ],
+        "layout": {
+            "height": 340,
+            "xaxis": {"title": {"text": "candidate"}, "zeroline": False},
+            "yaxis": {"title": {"text": "loss on the search split"}, "zeroline": False},
+            "showlegend": False,
+        },
+    }
+
+
+def clipped(name: str, length: int = 26) -> str:
+    """A name that fits beside a figure: long ones lose their middle, since they tend to differ at the end."""
+    keep = (length - 1) // 2
+    return name if len(name) <= length else f"{name[: length - 1 - keep]}…{name[-keep:]}"

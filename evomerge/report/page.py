@@ -1,0 +1,602 @@
+"""The page of one run: verdict, scores, progress, coefficients, cost, and the commands that repeat it.
+
+Reads what `History` reads, so it works on a live run as well. Its size is bounded: of a long run it shows every
+improvement and every finalist, and an even selection of the other candidates.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shlex
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evomerge.files import replace_file
+from evomerge.history import Entry, History
+from evomerge.proposal import Scores
+from evomerge.recipe import Recipe
+from evomerge.report import figures, html
+from evomerge.report.coefficients import coefficient_maps
+from evomerge.report.results import MEAN, Comparison, Results, Score, cells, p_text, results
+from evomerge.report.status import candidate, candidate_text, status_of
+from evomerge.rundir import EXPERIMENT, TELEMETRY, read_telemetry
+from evomerge.tasks.base import SPLITS, Direction
+
+NAME = "report.html"
+BEST = "best so far"
+MAX_POINTS = 4000
+MAX_SCORES = 100_000
+"""Scores in the details of candidates: with many tasks fewer candidates are shown."""
+MAX_COEFFICIENTS = 120_000
+MAX_RECIPES = 400
+MAX_ANCESTORS = 300
+MAX_TEXT = 200_000
+"""Characters of a recipe's or experiment's YAML."""
+HOVERED_TASKS = 6
+
+
+def write_page(history: History, target: Path | None = None) -> Path:
+    """Write the page beside the journal, or to `target`. Raises RunError where it cannot be written."""
+    target = target or history.path / NAME
+    replace_file(target, run_page(history))
+    return target
+
+
+def run_page(history: History) -> str:
+    """The whole document."""
+    state = status_of(history)
+    # Before the end only the search split has scores, and only the baselines are compared there.
+    split = next((s for s in ("report", "select", "search") if results(history, s).table), "search")
+    r = results(history, split)
+    chosen = history.winner_id if history.winner_id is not None else state["best"]
+    losses: dict[str, dict[int, float]] = {s: {} for s in SPLITS}
+    for row in history.evaluations:
+        losses[row["split"]][row["id"]] = history.loss(history.entry(row["id"]), row["split"])
+    sections = [
+        html.section("", *_opening(history, r, state)),
+        html.section("Scores", *_scores(history, r, split, chosen)),
+        html.section("Progress", *_progress(history, losses["search"], losses["select"], chosen)),
+        html.section("Coefficients", *_coefficients(history, chosen)),
+        html.section("Search, select, report", *_by_split(history)),
+        html.section("Items", *_items(history, state)),
+        html.section("Failures", *_failures(history)),
+        html.section("Cost", *_cost(history, state)),
+    ]
+    if lineage := _lineage(history, losses["search"], chosen):
+        sections.append(html.section("Lineage", *lineage))
+    sections += [
+        html.section("Recipe", *_recipe(history, chosen)),
+        html.section("Commands", *_commands(history)),
+        html.section("Experiment", *_experiment(history)),
+    ]
+    return html.page(f"{history.experiment.name}: evomerge run", sections)
+
+
+# -- verdict and setting --------------------------------------------------------------------------------------
+
+
+def _opening(history: History, r: Results, state: Mapping[str, Any]) -> list[str]:
+    experiment, manifest = history.experiment, history.manifest
+    parts = [html.lead(verdict(history, r, state))]
+    if experiment.description:
+        parts.append(html.text(experiment.description))
+    parts += [html.warning(w) for w in _cautions(history, state)]
+    algorithms = dict.fromkeys(experiment.algorithm_of(s)[0] for s in experiment.stages)
+    budget = ", ".join(f"{v:,} {k.replace('_', ' ')}" for k, v in state["budget"].items())
+    tasks = [f"{t.name} ({t.metric})" for t in experiment.tasks]
+    rows = [
+        ("models", f"{manifest.base} and {_listed(manifest.experts)}; {manifest.parameters:,} parameters each"),
+        ("search space", _space(history)),
+        ("search", f"{', '.join(algorithms)}, seed {experiment.search.seed}, budget {budget}"),
+        ("tasks", f"{_listed(tasks)}; the metric that the search optimises in brackets"),
+        ("precision", f"{history.dtype} on {state['numerics'].get('device', 'an unknown device')}"),
+        ("when", _when(history)),
+    ]
+    return [*parts, html.facts([row for row in rows if row[1]])]
+
+
+def verdict(history: History, r: Results, state: Mapping[str, Any]) -> str:
+    """One sentence: the winner against the best baseline, or how far the run is."""
+    if r.winner is None:
+        best = "" if state["best"] is None else f"; best so far is candidate {state['best']}"
+        left = "" if state["seconds_left"] is None else f", about {_clock(state['seconds_left'])} to go"
+        return (
+            f"This run is not finished ({state['phase']}): {state['scored']:,} candidates are scored{left}{best}. "
+            "There is no winner yet, and scores on the search split flatter what the search chose."
+        )
+    entry = history.entry(r.winner)
+    if entry.role == "baseline":
+        return f"The search found nothing better than {entry.name!r}, which was there before."
+    name = f"The winner, candidate {r.winner},"
+    means = {s.model: s for s in r.table if s.task == MEAN}
+    rivals = {c.model: c for c in r.comparisons if c.task == MEAN}
+    directions = {*_directions(history).values()}
+    if len(directions) > 1 or not rivals:
+        return f"{name} is compared with every baseline below; the tasks' metrics have no common direction."
+    sign = 1.0 if directions == {"higher"} else -1.0
+    best = max(rivals, key=lambda m: sign * means[m].score)
+    c = rivals[best]
+    if not math.isfinite(c.low) or not math.isfinite(c.high):
+        result = "has too few items to be compared with"
+    elif min(sign * c.low, sign * c.high) > 0:
+        result = "beats"
+    elif max(sign * c.low, sign * c.high) < 0:
+        result = "is worse than"
+    else:
+        result = "is not told apart from"
+    return (
+        f"{name} {result} the best baseline, {best!r}: mean {c.metric} {_number(means['winner'].score)} against "
+        f"{_number(means[best].score)} on the {c.split} split, a difference of {c.difference:+.3f} "
+        f"(95% interval {c.low:+.3f} to {c.high:+.3f}, {p_text(c.p)})."
+    )
+
+
+def _cautions(history: History, state: Mapping[str, Any]) -> list[str]:
+    out = []
+    if history.winner_id is not None and state["phase"] != "finished":
+        out.append(f"The run goes on ({state['phase']}); the winner is that of an earlier, smaller budget.")
+    if history.looks > 1:
+        out.append(
+            f"The report split was looked at {history.looks} times, once for each budget: its scores are less "
+            "of a surprise with every look."
+        )
+    failed = sum(state["failures"].values())
+    if failed:
+        out.append(f"{failed:,} evaluations failed; see Failures.")
+    return out
+
+
+def _listed(names: Sequence[str], most: int = 12) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _space(history: History) -> str:
+    out = []
+    for space in history.spaces:
+        out.append(f"{space.spec.method} with {len(space.axes):,} coefficients")
+    return ", then ".join(out)
+
+
+def _when(history: History) -> str:
+    at = [t.get("at") for t in read_telemetry(history.path / TELEMETRY)]
+    times = [float(t) for t in at if isinstance(t, int | float) and 0 < t < 1e11]
+    if not times:
+        return ""
+    first, last = (datetime.fromtimestamp(t, UTC).strftime("%Y-%m-%d %H:%M") for t in (min(times), max(times)))
+    return f"{first} to {last} UTC"
+
+
+# -- scores ---------------------------------------------------------------------------------------------------
+
+
+def _scores(history: History, r: Results, split: str, chosen: int | None) -> list[str]:
+    if not r.table:
+        return [html.text("Nothing is scored yet.")]
+    rows, what = r.table, f"Means on the {split} split with 95% intervals over its items."
+    if chosen is not None and r.winner is None and (scores := history.entry(chosen).scores(split)) is not None:
+        rows = [*rows, *cells(history, BEST, scores, split)]
+        what += f" {BEST!r} is candidate {chosen}, which was chosen by these very items: its scores flatter it."
+    tasks = list(dict.fromkeys(s.task for s in rows))
+    models = list(dict.fromkeys(s.model for s in rows))
+    cell = {(s.model, s.task): s for s in rows}
+    directions = _directions(history)
+    style = figures.styles(models, "winner" if r.winner is not None else BEST)
+    sized = {t: f"{t} (n={cell[models[0], t].n:,})" for t in tasks}
+    parts = [html.note(what), _crossed("", models, sized, {k: _interval(s) for k, s in cell.items()})]
+    for metric, own in _by_metric(rows, directions):
+        marks = [figures.Mark(s.model, s.task, s.score, s.low, s.high, _interval(s)) for s in own]
+        parts.append(html.figure(figures.intervals(marks, f"{metric} ({directions[metric]} is better)", style)))
+    if r.comparisons:
+        parts += [
+            html.subheading("Winner minus each baseline, paired by item"),
+            _crossed(
+                "winner minus",
+                list(dict.fromkeys(c.model for c in r.comparisons)),
+                dict(zip(tasks, tasks, strict=True)),
+                {(c.model, c.task): _difference(c) for c in r.comparisons},
+            ),
+        ]
+        for metric, own in _by_metric(r.comparisons, directions):
+            marks = [figures.Mark(c.model, c.task, c.difference, c.low, c.high, _difference(c)) for c in own]
+            side = "right" if directions[metric] == "higher" else "left"
+            title = f"difference in {metric} (the winner is better on the {side})"
+            parts.append(html.figure(figures.intervals(marks, title, style, zero=True)))
+        parts.append(
+            html.note(
+                "p-values: McNemar's exact test for right or wrong answers, a normal test else; they are not "
+                "corrected for the number of comparisons."
+            )
+        )
+    return parts
+
+
+def _crossed(corner: str, models: Sequence[str], tasks: Mapping[str, str], cell: Mapping[tuple[str, str], str]) -> str:
+    """A table with a row a model, or with a row a task where there are many of them."""
+    if len(tasks) > max(8, len(models)):
+        return html.table([corner, *models], [[title, *(cell[m, t] for m in models)] for t, title in tasks.items()])
+    return html.table([corner, *tasks.values()], [[m, *(cell[m, t] for t in tasks)] for m in models])
+
+
+def _by_metric(rows: Sequence[Any], directions: Mapping[str, Direction]) -> list[tuple[str, list[Any]]]:
+    """Rows of one metric each have an axis of their own; a mean over different metrics stays in the table."""
+    metrics = [m for m in dict.fromkeys(r.metric for r in rows) if m in directions]
+    return [(m, [r for r in rows if r.metric == m]) for m in metrics]
+
+
+def _directions(history: History) -> dict[str, Direction]:
+    """Which way is good, of every metric that the tables show."""
+    return {t.report_metric: t.directions[t.report_metric] for t in history.experiment.tasks}
+
+
+def _interval(s: Score) -> str:
+    return f"{_number(s.score)} [{s.low:.2f}, {s.high:.2f}]"
+
+
+def _difference(c: Comparison) -> str:
+    return f"{c.difference:+.3f} [{c.low:+.2f}, {c.high:+.2f}] {p_text(c.p)}".replace(" ", "\u00a0")
+
+
+def _number(x: float) -> str:
+    return f"{x:.3f}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, s = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {s:02d} s" if minutes else f"{s} s"
+
+
+# -- progress -------------------------------------------------------------------------------------------------
+
+
+def _progress(
+    history: History, losses: Mapping[int, float], select: Mapping[int, float], chosen: int | None
+) -> list[str]:
+    """Losses on the search split by candidate, +inf where it failed; those not scored there yet are missing."""
+    scored = [history.entries[i] for i in sorted(losses)]
+    if not scored:
+        return [html.text("No candidate is scored yet.")]
+    improvements = _improvements(scored, losses)
+    shown = _selection(history, scored, {i for i, _ in improvements})
+    kinds = {e.id: _kind(history, e) for e in shown}
+    points = [figures.Point(e.id, kinds[e.id], losses[e.id], _hover(history, e)) for e in shown]
+    stages = [(next(stage).id, f"stage {n}") for n, stage in groupby(_searched(scored), key=lambda e: e.stage)]
+    figure = figures.progress(points, improvements, stages if len(history.experiment.stages) > 1 else [])
+    parts = [html.figure(figure, details="candidates"), _details(history, shown, losses, select, chosen)]
+    notes = []
+    _, top = figure["layout"]["yaxis"]["range"] or (0.0, math.inf)
+    if above := sum(top < p.loss < math.inf for p in points):
+        notes.append(f"{above:,} of the shown candidates lie above the view; a double click shows them.")
+    if len(shown) < len(scored):
+        notes.append(f"Shown are {len(shown):,} of {len(scored):,} candidates: all improvements, the others evenly.")
+    return [*parts, html.note(" ".join(notes))] if notes else parts
+
+
+def _searched(scored: Iterable[Entry]) -> Iterable[Entry]:
+    return (e for e in scored if e.role in ("search", "mean"))
+
+
+def _improvements(scored: Iterable[Entry], losses: Mapping[int, float]) -> list[tuple[int, float]]:
+    """(id, loss) of each candidate of the search that was better than all before."""
+    out: list[tuple[int, float]] = []
+    for e in scored:
+        if e.role != "baseline" and losses[e.id] < (out[-1][1] if out else math.inf):
+            out.append((e.id, losses[e.id]))
+    return out
+
+
+def _selection(history: History, scored: Sequence[Entry], wanted: set[int]) -> list[Entry]:
+    """All candidates, or of a long run those that matter and an even selection of the others."""
+    room = min(MAX_POINTS, max(500, MAX_SCORES // len(history.experiment.tasks)))
+    if len(scored) <= room:
+        return list(scored)
+    named = {e.id for e in scored if e.role in ("baseline", "given", "mean") or "select" in e.results}
+    keep = [e for e in scored if e.id in named][:room] + [e for e in scored if e.id in wanted - named]
+    keep = keep[:room]
+    kept = {e.id for e in keep}
+    others = [e for e in scored if e.id not in kept]
+    picked = np.linspace(0, len(others) - 1, room - len(keep)).astype(int)
+    return sorted([*keep, *(others[i] for i in dict.fromkeys(picked.tolist()))], key=lambda e: e.id)
+
+
+def _kind(history: History, e: Entry) -> str:
+    if e.id == history.winner_id:
+        return "winner"
+    if e.role in ("baseline", "given"):
+        return e.role
+    if e.role == "mean":
+        return "stage's mean"
+    if e.name == "probe":
+        return "probe"
+    return "finalist" if "select" in e.results else "candidate"
+
+
+def _hover(history: History, e: Entry) -> list[str]:
+    what = " ".join(x for x in (e.role, e.name) if x)
+    at = f", stage {e.stage}, generation {e.group}" if e.stage >= 0 else ""
+    result = e.results["search"]
+    if result.scores is None:
+        return [what + at, f"{result.status} {result.reason[:80]}".strip()]
+    means = _means(history, result.scores)
+    more = len(means) - HOVERED_TASKS
+    lines = [f"{t}: {_number(x)}" for t, x in list(means.items())[:HOVERED_TASKS]]
+    return [what + at, *lines, *([f"and {more} more tasks"] if more > 0 else [])]
+
+
+def _means(history: History, scores: Scores) -> dict[str, float]:
+    """`task metric` -> mean score."""
+    tasks = history.experiment.tasks
+    return {f"{t.name} {t.report_metric}": float(np.mean(scores[t.name][t.report_metric])) for t in tasks}
+
+
+def _details(
+    history: History,
+    shown: Sequence[Entry],
+    losses: Mapping[int, float],
+    select: Mapping[int, float],
+    chosen: int | None,
+) -> str:
+    tasks = [f"{t.name} {t.report_metric}, search" for t in history.experiment.tasks]
+    fields = ["what", "stage", "generation", "parents", "loss on search", "loss on select", "result", *tasks]
+    rows = {}
+    for e in shown:
+        result = e.results["search"]
+        means = [] if result.scores is None else [_number(x) for x in _means(history, result.scores).values()]
+        rows[str(e.id)] = [
+            _kind(history, e) + (f" {e.name}" if e.role == "baseline" else ""),
+            e.stage if e.stage >= 0 else None,
+            e.group if e.stage >= 0 else None,
+            ", ".join(map(str, e.parents[:20])) or None,
+            _loss(losses.get(e.id)),
+            _loss(select.get(e.id)),
+            None if result.ok else f"{result.status} {result.reason[:200]}",
+            *means,
+        ]
+    commands = [f"evomerge show {_at(history)} {{}}", f"evomerge export {_at(history)} {{}} --to candidate-{{}}"]
+    maps = coefficient_maps(_recipes(history, _first(shown, losses, chosen)), history.manifest)
+    pictures = [
+        (m.figure(), {str(i): [_short(x) for row in z for x in row] for i, z in m.values.items()})
+        for m in maps
+        if m.constant is None
+    ]
+    return html.details("candidates", fields, rows, commands, pictures)
+
+
+def _recipes(history: History, wanted: Sequence[Entry]) -> dict[int, Recipe]:
+    """The recipes of the first candidates, as many as there is room for their coefficients."""
+    out: dict[int, Recipe] = {}
+    room = MAX_COEFFICIENTS
+    for e in wanted[:MAX_RECIPES]:
+        recipe = history.recipe(e.id)
+        room -= sum(len(c) for r in recipe.blocks.values() for c in (r.params, *r.sources.values()))
+        if room < 0:
+            break
+        out[e.id] = recipe
+    return out
+
+
+def _first(shown: Sequence[Entry], losses: Mapping[int, float], chosen: int | None) -> list[Entry]:
+    """Candidates in the order in which their coefficients are worth their room: chosen, finalists, then by loss."""
+    return sorted(shown, key=lambda e: (e.id != chosen, "select" not in e.results, losses[e.id], e.id))
+
+
+def _loss(x: float | None) -> str | None:
+    return None if x is None else f"{x:.5f}" if math.isfinite(x) else "failed"
+
+
+def _short(x: float | None) -> float | None:
+    return None if x is None else float(f"{x:.3g}")
+
+
+# -- coefficients ---------------------------------------------------------------------------------------------
+
+
+def _coefficients(history: History, chosen: int | None) -> list[str]:
+    if chosen is None:
+        return [html.text("No candidate is scored yet.")]
+    recipe = history.recipe(chosen)
+    if not recipe.blocks:
+        return [html.text(f"Candidate {chosen} is the base: it has no coefficients.")]
+    method = ", ".join(sorted({r.method for r in recipe.blocks.values()}))
+    parts = [
+        html.note(
+            f"{_who(history, chosen)}, merged by {method}. Neighbouring blocks with the same coefficients share a "
+            "column; a gap means that the block has no such coefficient."
+        )
+    ]
+    maps = coefficient_maps({chosen: recipe}, history.manifest)
+    parts += [html.figure(m.figure(chosen)) for m in maps if m.constant is None]
+    return parts + [html.text(f"{m.name} is {m.constant:g} everywhere.") for m in maps if m.constant is not None]
+
+
+def _who(history: History, chosen: int) -> str:
+    return f"Candidate {chosen}, {'the winner' if chosen == history.winner_id else 'the best on search so far'}"
+
+
+# -- the optimism gap -----------------------------------------------------------------------------------------
+
+
+def _by_split(history: History) -> list[str]:
+    """Means from split to split: what the search chose by its scores loses some on items that it has not seen."""
+    models: dict[str, Entry] = dict(history.baselines)
+    if history.winner_id is not None:
+        models["winner"] = history.entry(history.winner_id)
+    splits = [s for s in SPLITS if any(s in e.results for e in models.values())]
+    if len(splits) < 2:
+        return [html.text("Only the search split is scored so far.")]
+    marks: dict[str, list[figures.Mark | None]] = {}
+    for name, e in models.items():
+        means = [None if (x := e.scores(s)) is None else cells(history, name, x, s)[-1] for s in splits]
+        marks[name] = [
+            None if m is None else figures.Mark(name, MEAN, m.score, m.low, m.high, _interval(m)) for m in means
+        ]
+    metric = "+".join(sorted({t.report_metric for t in history.experiment.tasks}))
+    note = (
+        "The search chose among candidates by the search split, the winner was chosen among finalists by the select "
+        "split, and nothing was chosen by the report split: only its scores are unbiased. Baselines were not chosen, "
+        "so they show how much the splits differ by themselves."
+    )
+    rows = []
+    for name, own in marks.items():
+        score = {s: m for s, m in zip(splits, own, strict=True) if m is not None}
+        gap = score["search"].value - score["report"].value if {"search", "report"} <= set(score) else None
+        rows.append([name, *(m.hover if m else "" for m in own), "" if gap is None else f"{gap:+.3f}"])
+    return [
+        html.note(note),
+        html.figure(figures.by_split(splits, marks, f"mean {metric}", figures.styles(list(models), "winner"))),
+        html.table(["model", *splits, "search minus report"], rows),
+    ]
+
+
+# -- work -----------------------------------------------------------------------------------------------------
+
+
+def _items(history: History, state: Mapping[str, Any]) -> list[str]:
+    splits = [s for s in SPLITS if s in history.item_ids]
+    sizes = {s: {t: len(ids) for t, ids in history.item_ids[s].items()} for s in splits}
+    done = {s: [r for e in history.entries.values() for n, r in e.results.items() if n == s] for s in splits}
+    rows = [[t.name, *(f"{sizes[s].get(t.name, 0):,}" for s in splits)] for t in history.experiment.tasks]
+    totals = {s: sum(sizes[s].values()) for s in splits}
+    rows += [
+        ["all tasks", *(f"{totals[s]:,}" for s in splits)],
+        ["candidates scored", *(f"{len(done[s]):,}" for s in splits)],
+        ["item evaluations", *(f"{len(done[s]) * totals[s]:,}" for s in splits)],
+    ]
+    text = f"{state['items']:,} item evaluations in all."
+    if history.cached:
+        text += f" {history.cached:,} candidates were answered from earlier scores, without an evaluation."
+    return [html.table(["items", *splits], rows), html.text(text)]
+
+
+def _failures(history: History) -> list[str]:
+    failed = [(r, s, e.id) for e in history.entries.values() for s, r in e.results.items() if not r.ok]
+    if not failed:
+        return [html.text("No evaluation failed.")]
+    kinds = Counter((r.status, r.reason[:200], s) for r, s, _ in failed)
+    rows = []
+    for (status, reason, split), n in kinds.most_common(20):
+        ids = [i for r, s, i in failed if (r.status, r.reason[:200], s) == (status, reason, split)]
+        rows.append([status, reason, split, f"{n:,}", _listed([str(i) for i in ids], 6)])
+    more = [html.note(f"and {len(kinds) - 20} other reasons")] if len(kinds) > 20 else []
+    return [html.table(["status", "reason", "split", "times", "candidates"], rows), *more]
+
+
+def _cost(history: History, state: Mapping[str, Any]) -> list[str]:
+    lines = [t for t in read_telemetry(history.path / TELEMETRY) if "proposal" in t]
+    if not lines:
+        return [html.text("There is no telemetry of this run.")]
+    wall = float(state["run_seconds"])
+    build, score = (sum(float(t[k]) for t in lines) for k in ("build_seconds", "score_seconds"))
+    busy = build + score
+    shares = f", of which {build / busy:.1%} building and {score / busy:.1%} scoring" if busy > 0 else ""
+    pace = f", {60 * len(lines) / wall:,.1f} a minute" if wall > 0 else ""
+    rows = [
+        ("wall time", _clock(wall)),
+        ("worker time", _clock(busy) + shares),
+        ("evaluations", f"{len(lines):,}{pace}"),
+        ("peak memory of a worker", f"{state['peak_mb']:,.0f} MiB"),
+        ("attempts lost with a worker", f"{sum(int(t['attempts']) - 1 for t in lines):,}"),
+    ]
+    workers = [
+        [
+            w["worker"] or "inline",
+            w["device"],
+            f"{w['evaluations']:,}",
+            f"{w['seconds_each']:.3f} s",
+            "" if w["idle"] is None else f"{w['idle']:.0%}",
+        ]
+        for w in state["workers"]
+    ]
+    header = ["worker", "device", "evaluations", "median seconds each", "idle"]
+    note = "From the run's telemetry, which may lack what a killed run did last; earlier sittings are included."
+    return [html.facts(rows), html.table(header, workers), html.note(note)]
+
+
+# -- lineage --------------------------------------------------------------------------------------------------
+
+
+def _lineage(history: History, losses: Mapping[int, float], chosen: int | None) -> list[str]:
+    """The chosen candidate's ancestors, where the search says who the parents were."""
+    if chosen is None or not history.entry(chosen).parents:
+        return []
+    edges: list[tuple[int, int]] = []
+    todo, seen = [chosen], {chosen}
+    while todo and len(seen) < MAX_ANCESTORS:
+        child = todo.pop(0)  # the nearest first
+        for parent in history.entry(child).parents:
+            if parent in history.entries:
+                edges.append((parent, child))
+                if parent not in seen:
+                    seen.add(parent)
+                    todo.append(parent)
+    nodes = [(i, losses[i]) for i in sorted(seen) if math.isfinite(losses.get(i, math.inf))]
+    parts = [
+        html.note(f"{_who(history, chosen)}, with {len(seen) - 1} ancestors, by their loss on the search split."),
+        html.figure(figures.ancestry(nodes, edges, chosen), details="candidates"),
+    ]
+    if todo:
+        parts.append(html.note(f"Only the nearest {MAX_ANCESTORS} are shown."))
+    return parts
+
+
+# -- to repeat it ---------------------------------------------------------------------------------------------
+
+
+def _recipe(history: History, chosen: int | None) -> list[str]:
+    if chosen is None:
+        return [html.text("No candidate is scored yet.")]
+    text = candidate_text(history, candidate(history, chosen))
+    return [html.note(f"{_who(history, chosen)}. `evomerge merge` builds this file."), *_bounded(text)]
+
+
+def _commands(history: History) -> list[str]:
+    at, search = _at(history), history.experiment.search
+    commands = [f"evomerge run {_at(history, EXPERIMENT)} --out {_at(history)}-again   # the same search again"]
+    if history.stopped:
+        (kind, size), *_ = search.budget.model_dump(exclude_none=True).items()
+        commands.append(f"evomerge resume {at} --set search.budget.{kind}={2 * size}   # go on with a larger budget")
+    else:
+        commands.append(f"evomerge resume {at}   # go on where it stopped")
+    if history.winner_id is not None:
+        name = shlex.quote(f"{history.experiment.name}-winner")
+        commands += [
+            f"evomerge show {at}   # the winner's recipe and scores",
+            f"evomerge export {at} --to {name}   # the winner as a checkpoint",
+            f"evomerge verify {name}   # rebuild it, compare tensors and scores",
+        ]
+    commands += [f"evomerge report {at}   # this page again, and the table", f"evomerge status {at}"]
+    parts = [html.code("\n".join(commands))]
+    if not history.path.is_absolute():
+        parts.append(html.note(f"Paths are relative to {os.getcwd()}."))
+    numerics = {"evomerge": version("evomerge"), **history.facts["numerics"]}
+    rows = [(str(k), figures.clipped(str(v), 120)) for k, v in numerics.items()]
+    rows.append(("experiment", str(history.facts["experiment_id"])))
+    return [
+        *parts,
+        html.note("Scores repeat to the last bit on the same software and hardware:"),
+        html.facts(rows),
+    ]
+
+
+def _experiment(history: History) -> list[str]:
+    note = "As it was run: defaults that matter filled in, library entries written out, paths absolute."
+    return [html.note(note), *_bounded((history.path / EXPERIMENT).read_text(encoding="utf-8"))]
+
+
+def _bounded(content: str) -> list[str]:
+    if len(content) <= MAX_TEXT:
+        return [html.code(content)]
+    return [html.code(content[:MAX_TEXT]), html.warning(f"Only the first {MAX_TEXT:,} characters are shown.")]
+
+
+def _at(history: History, *parts: str) -> str:
+    return shlex.quote(str(history.path.joinpath(*parts)))

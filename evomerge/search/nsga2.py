@@ -1,0 +1,86 @@
+"""NSGA-II on Optuna: non-dominated sorting, crowding distance, SBX crossover, polynomial mutation.
+
+Deb, Pratap, Agarwal and Meyarivan 2002, "A fast and elitist multiobjective genetic algorithm: NSGA-II", IEEE TEC
+6(2). Crossover and mutation as there (eta 20, mutation probability 1/n); categorical genes are exchanged uniformly
+and redrawn. Optuna's sampler, asked one generation at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from evomerge.proposal import Proposal, Result
+from evomerge.search.base import Ids, Needs, Start
+from evomerge.search.optuna_study import Trials, made
+from evomerge.space import Axis
+
+
+@dataclass(frozen=True)
+class Options:
+    """Settings of the experiment file."""
+
+    population: int = 40
+    """Candidates per generation, and how many survive."""
+    crossover: float = 0.9
+    """Probability that a child has two parents."""
+
+    def __post_init__(self) -> None:
+        if self.population < 4:
+            raise ValueError(f"population: at least 4 are needed, got {self.population}")
+        if not 0 <= self.crossover <= 1:
+            raise ValueError(f"crossover: `0 <= crossover <= 1` must hold, but got {self.crossover}")
+
+
+class Nsga2:
+    """Whole generations; failed members are asked again, so that every generation is full."""
+
+    needs = Needs(constraints=True, objectives="several", scope="archive")
+    options_class = Options
+
+    def __init__(
+        self,
+        axes: Sequence[Axis],
+        start: Start,
+        rng: np.random.Generator,
+        ids: Ids,
+        options: Options | None = None,
+    ) -> None:
+        self._options = options or self.options_class()
+        self._trials = Trials(axes, start, ids, self._sampler(int(rng.integers(2**32))), start.objectives)
+        self._group = 0
+        self._told = 0
+
+    def _sampler(self, seed: int) -> Any:
+        return made(lambda optuna: optuna.samplers.NSGAIISampler(**self._operators(optuna), seed=seed))
+
+    def _operators(self, optuna: Any) -> dict[str, Any]:
+        return {
+            "population_size": self._options.population,
+            "crossover": optuna.samplers.nsgaii.SBXCrossover(eta=20),
+            "crossover_prob": self._options.crossover,
+            "mutation": optuna.samplers.nsgaii.PolynomialMutation(eta=20),
+        }
+
+    def ask(self, n: int) -> list[Proposal]:
+        """Up to n members of the current generation; [] while its tells are awaited."""
+        if self._told == self._options.population:
+            self._told = 0
+            self._group += 1
+        room = self._options.population - self._told - self._trials.waiting
+        return [self._trials.ask(self._group) for _ in range(min(n, room))]
+
+    def tell(self, p: Proposal, r: Result) -> None:
+        """Report one result. Raises ValueError for a stranger, told twice, or a NaN loss."""
+        self._told += self._trials.tell(p, r)
+
+    def stop(self) -> Mapping[str, float]:
+        """Never by itself: the budget ends the search."""
+        return {}
+
+    def recommend(self, k: int) -> list[Proposal]:
+        """Nothing that has not been scored already: the front is among the driver's candidates."""
+        return []

@@ -1,0 +1,135 @@
+"""The exam of algorithms that propose recipes, and what each of them is known to find."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from evomerge.manifest import Manifest
+from evomerge.proposal import Proposal, Result, frozen_genome
+from evomerge.search import ALGORITHMS, make_optimizer, make_options, needs_of
+from evomerge.search.base import Optimizer, Start
+from evomerge.search.recipes import mixture
+
+RECIPES = [a for a in ALGORITHMS if needs_of(a).proposes == "recipes"]
+each = pytest.mark.parametrize("algorithm", RECIPES)
+Loss = Callable[[dict[str, float]], float]
+
+
+@pytest.fixture
+def manifest(manifest_of: Callable[..., Manifest]) -> Manifest:
+    return manifest_of(experts=("a", "b", "c", "d"))
+
+
+def optimizer(algorithm: str, manifest: Manifest, first_id: int = 0, **settings: Any) -> Optimizer:
+    rng = np.random.Generator(np.random.PCG64(1))
+    start = Start(frozen_genome([]), manifest=manifest)
+    return make_optimizer(algorithm, (), start, rng, itertools.count(first_id), make_options(algorithm, settings))
+
+
+def mix_of(p: Proposal, manifest: Manifest) -> dict[str, float]:
+    """Source -> share of the mean that a recipe builds; a block without a rule is the base."""
+    assert p.recipe is not None
+    blocks = p.recipe.blocks
+    if not blocks:
+        return {manifest.base: 1.0}
+    rules = [r.sources for r in blocks.values()]
+    assert len(rules) == len(manifest.blocks)
+    assert all(r == rules[0] for r in rules), "one mix for the whole model"
+    return {n: c["weight"] for n, c in rules[0].items()}
+
+
+def search(opt: Optimizer, manifest: Manifest, loss: Loss, budget: int = 400, slice_: int = 100) -> list[Any]:
+    done: list[Any] = []
+    while len(done) < budget and not opt.stop():
+        group = opt.ask(min(slice_, budget - len(done)))
+        assert group, "either it asks or it stops"
+        for p in group:
+            value = loss(mix_of(p, manifest))
+            opt.tell(p, Result(np.array([value])))
+            done.append((mix_of(p, manifest), value, p))
+    return done
+
+
+def shares(mix: dict[str, float], manifest: Manifest) -> np.ndarray:
+    return np.array([mix.get(n, 0.0) for n in (manifest.base, *manifest.experts)])
+
+
+@each
+def test_recipes_are_canonical_mixes(algorithm: str, manifest: Manifest) -> None:
+    """Every proposal is a canonical recipe whose shares sum to 1, numbered without gaps."""
+    done = search(optimizer(algorithm, manifest, 7), manifest, lambda m: -m.get("b", 0.0))
+
+    assert [p.id for _, _, p in done] == list(range(7, 7 + len(done)))
+    for mix, _, p in done:
+        assert p.genome is None
+        assert p.recipe.canonical(manifest).id == p.recipe.id
+        assert sum(mix.values()) == pytest.approx(1.0, abs=1e-5)
+
+
+@each
+def test_slicing_and_replay(algorithm: str, manifest: Manifest) -> None:
+    """One by one or by rounds, again and again: the same recipes."""
+
+    def loss(mix: dict[str, float]) -> float:
+        return float(((shares(mix, manifest) - [0.0, 0.5, 0.2, 0.3, 0.0]) ** 2).sum())
+
+    runs = [search(optimizer(algorithm, manifest), manifest, loss, slice_=n) for n in (100, 1, 3)]
+
+    assert len({tuple(p.recipe.id for _, _, p in run) for run in runs}) == 1
+
+
+@each
+def test_strangers_nan_and_failures(algorithm: str, manifest: Manifest) -> None:
+    """Strangers and NaN are refused; where everything fails the search ends by itself or goes on asking."""
+    opt = optimizer(algorithm, manifest)
+    [first] = opt.ask(1)
+    with pytest.raises(ValueError, match="not waiting"):
+        opt.tell(Proposal(99, 0, recipe=first.recipe), Result(np.array([1.0])))
+    with pytest.raises(ValueError, match="NaN"):
+        opt.tell(first, Result(np.array([math.nan])))
+    opt.tell(first, Result(np.array([math.inf])))
+
+    search(opt, manifest, lambda _: math.inf, budget=60)
+    assert opt.recommend(2) == []
+
+
+def test_greedy_soup_is_algorithm_1(manifest: Manifest) -> None:
+    """Best first; d hurts and stays out; a tie comes in. Written out by hand."""
+    value = {"a": 0.9, "b": 0.8, "c": 0.7, "d": 0.1}
+
+    def loss(mix: dict[str, float]) -> float:
+        # A plain mean of a, b, c is as good as a; with d it is worse.
+        return 0.0 if "d" not in mix and "a" in mix else 1.0 - max(value[n] for n in mix) + 0.5 * ("d" in mix)
+
+    done = [mix for mix, _, _ in search(optimizer("greedy-soup", manifest), manifest, loss)]
+
+    assert [set(m) for m in done[:4]] == [{"a"}, {"b"}, {"c"}, {"d"}]
+    assert [set(m) for m in done[4:]] == [{"a", "b"}, {"a", "b", "c"}, {"a", "b", "c", "d"}]
+    assert done[5] == pytest.approx(dict.fromkeys("abc", 1 / 3), abs=1e-5)
+
+
+def test_frank_wolfe_reaches_the_optimum_of_a_bowl(manifest: Manifest) -> None:
+    """A convex loss inside the simplex: within 400 scores closer than its last step."""
+    target = np.array([0.1, 0.5, 0.0, 0.3, 0.1])
+
+    done = search(
+        optimizer("frank-wolfe", manifest), manifest, lambda m: float(((shares(m, manifest) - target) ** 2).sum())
+    )
+
+    best = min(done, key=lambda d: d[1])
+    assert np.abs(shares(best[0], manifest) - target).max() < 0.03
+    assert best[1] < min(loss for _, loss, _ in done[:5]) / 100
+
+
+def test_mixture_leaves_out_crumbs(manifest: Manifest) -> None:
+    """Shares below what a recipe can write are left out, and a mix of the base alone is the base."""
+    recipe = mixture({"a": 1.0 - 1e-9, "b": 1e-9}, manifest, "float32")
+
+    assert set(recipe.sources) == {"base", "a"}
+    assert not mixture({"base": 1.0}, manifest, "float32").blocks

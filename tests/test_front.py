@@ -1,0 +1,123 @@
+"""Several objectives: the front in the journal, the history, the table and the progress."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from evomerge.config import load
+from evomerge.errors import UserError
+from evomerge.history import History
+from evomerge.pareto import fronts
+from evomerge.prepare import prepare
+from evomerge.progress import Terminal
+from evomerge.report.results import text_table
+from evomerge.report.status import candidate, candidate_text, status, status_text
+from evomerge.run import run
+from evomerge.warm import finalists_of
+
+GOALS = [{"name": "sums", "tasks": ["sums"]}, {"name": "words", "tasks": ["words"]}]
+With = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def two_goals(small_experiment: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A run for two objectives, and what its progress said."""
+    overrides = {"fitness.objectives": GOALS, "search.algorithm": "random"}
+    experiment = load(small_experiment, overrides)
+    # Population is a setting of cma-es and of random alike.
+    out = tmp_path_factory.mktemp("front") / "run"
+    said = StringIO()
+    run(experiment, out, Terminal(said))
+    return out, said.getvalue()
+
+
+def test_the_front_is_non_dominated_on_select(two_goals: tuple[Path, str]) -> None:
+    """Front members are the finalists that no other finalist dominates there; the winner is one and stands first."""
+    history = History.read(two_goals[0])
+
+    assert history.final is not None
+    assert history.goals == ("sums", "words")
+    ids = history.final["finalists"]
+    losses = np.array([history.losses(history.entry(i), "select") for i in ids])
+    assert losses.shape == (len(ids), 2)
+    assert sorted(history.front) == [i for i, rank in zip(ids, fronts(losses), strict=True) if rank == 0]
+    assert history.front[0] == history.winner_id
+
+
+def test_front_members_are_reported_on(two_goals: tuple[Path, str]) -> None:
+    """Every member has scores on all three splits."""
+    history = History.read(two_goals[0])
+
+    for i in history.front:
+        assert set(history.entry(i).results) == {"search", "select", "report"}
+
+
+def test_evaluations_have_every_loss(two_goals: tuple[Path, str]) -> None:
+    """One column an objective, in place of one loss."""
+    history = History.read(two_goals[0])
+
+    for row in history.evaluations:
+        assert "loss" not in row
+        losses = history.losses(history.entry(row["id"]), row["split"])
+        assert [row["loss.sums"], row["loss.words"]] == losses.tolist()
+
+
+def test_texts_name_the_objectives(two_goals: tuple[Path, str]) -> None:
+    """Progress and status count the front; a candidate has its losses by name; the table still works."""
+    out, said = two_goals
+    history = History.read(out)
+    data = candidate(history, history.front[0])
+
+    assert "front of " in said
+    assert f"{status(out)['front']} candidates on the front" in status_text(status(out))
+    assert set(data["splits"]["select"]["losses"]) == {"sums", "words"}
+    assert "sums " in candidate_text(history, data)
+    assert "winner" in text_table(history)
+
+
+def test_a_front_warms_another_run(two_goals: tuple[Path, str], experiment_with: With) -> None:
+    """Finalists of a run for several objectives are given best front first."""
+    out, _ = two_goals
+    history = History.read(out)
+
+    recipes = finalists_of(out, experiment_with())
+    assert len(recipes) == sum(history.entry(i).role != "baseline" for i in history.final["finalists"])  # type: ignore[index]
+
+
+def test_a_scalar_algorithm_is_refused(experiment_with: With) -> None:
+    """The complaint names the objectives and what can take several."""
+    experiment = experiment_with(**{"fitness.objectives": GOALS})
+
+    with pytest.raises(
+        UserError, match=r"cma-es minimises one loss, the fitness has 2 objectives \(sums, words\).*random"
+    ):
+        prepare(experiment)
+
+
+@pytest.mark.parametrize("algorithm", ["cma-es", "tpe"])
+def test_the_winner_keeps_the_constraints(algorithm: str, experiment_with: With, tmp_path: Path) -> None:
+    """A limit that few candidates keep on search and select decides who wins, whether the algorithm knows of it."""
+    free = run(experiment_with(**{"search.algorithm": algorithm}), tmp_path / "free")
+    means = [r["sums.accuracy"] for r in free.evaluations if r["split"] == "select"]
+    limit = {"name": "sums", "tasks": ["sums"], "metric": "accuracy", "at_least": float(np.max(means))}
+    overrides = {"search.algorithm": algorithm, "fitness.constraints": [limit]}
+
+    history = run(experiment_with(**overrides), tmp_path / "bound")
+    rows = {r["id"]: r["sums.accuracy"] for r in history.evaluations if r["split"] == "select"}
+    assert history.winner_id is not None
+    assert rows[history.winner_id] == max(rows.values())
+
+
+def test_replay_is_exact(two_goals: tuple[Path, str], small_experiment: Path) -> None:
+    """A finished run, run again, adds nothing."""
+    out, _ = two_goals
+    before = (out / "journal.jsonl").read_bytes()
+
+    run(load(small_experiment, {"fitness.objectives": GOALS, "search.algorithm": "random"}), out)
+    assert (out / "journal.jsonl").read_bytes() == before
