@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import json
 import math
+import re
 import signal
 import sys
 import time
@@ -144,6 +145,11 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--push", metavar="ORG/NAME", help="upload the checkpoint to the hub, too; needs `hf auth login`")
     p.add_argument("--private", action="store_true", help="with --push: a repository that is created is private")
 
+    p = with_json(command("import", _import, "write an experiment from a mergekit-evolve genome file"))
+    p.add_argument("genome", type=Path)
+    p.add_argument("--to", type=Path, required=True, metavar="EXPERIMENT.yaml")
+    p.add_argument("--include-path", type=Path, metavar="DIR", help="folder with lm-eval task files of your own")
+
     p = with_json(command("merge", _merge, "build one recipe into a checkpoint, without a search"))
     p.add_argument("recipe", type=Path)
     p.add_argument("--to", type=Path, required=True, metavar="PATH")
@@ -212,8 +218,8 @@ def _go(args: argparse.Namespace, experiment: Any, out: Path) -> int:
     from evomerge.report.results import results, text_table
     from evomerge.run import run
 
-    allowed = ("--allow-code", args.allow_code), ("--allow-test-set", args.allow_test_set)
-    args.resume_with = " ".join(["evomerge resume", str(out), *(flag for flag, given in allowed if given)])
+    allowed = [f"--{flag.replace('_', '-')}" for flag in ("allow_code", "allow_test_set") if getattr(args, flag)]
+    args.resume_with = " ".join(["evomerge resume", str(out), *allowed])
     try:
         with _stoppable() as interrupted:
             history = run(
@@ -462,6 +468,23 @@ def _write_export(history: History, number: int | None, form: str, target: Path)
         history=history,
         candidate=number,
     )
+
+
+def _import(args: argparse.Namespace) -> int:
+    from evomerge.config import load
+    from evomerge.files import new_file
+    from evomerge.mergekit_evolve import to_experiment, to_yaml
+
+    name = re.sub(r"[^A-Za-z0-9_-]", "-", args.to.stem)
+    experiment = to_experiment(args.genome, name, args.include_path)
+    load(experiment)
+    new_file(args.to, to_yaml(experiment, args.genome.name))
+    _print(
+        args,
+        {"path": str(args.to), "experiment": experiment},
+        lambda: f"wrote {args.to}; read it, then: evomerge check {args.to}",
+    )
+    return 0
 
 
 def _merge(args: argparse.Namespace) -> int:

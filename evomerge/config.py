@@ -13,6 +13,7 @@ from evomerge.errors import UserError, nearest
 from evomerge.fitness import FitnessSpec, resolve_fitness
 from evomerge.hub import named
 from evomerge.library import find
+from evomerge.mergekit_evolve import is_genome_file
 from evomerge.schema import validated
 from evomerge.search import ALGORITHMS, make_options
 from evomerge.space import SpaceSpec
@@ -212,8 +213,8 @@ def _without_text(part: Any) -> Any:
     data = _without_later_keys(part.model_dump(mode="json"), part.model_dump(mode="json", exclude_defaults=True))
     data.pop("description", None)
     for task in data.get("tasks", ()):
-        # Items are in the plans' ids; where they lie does not matter.
-        for key in ("data", "splits"):
+        # Items and code are in the plans' ids; where they lie does not matter.
+        for key in ("data", "splits", "include_path", "function"):
             task.pop(key, None)
         if task.get("few_shot"):
             task["few_shot"].pop("data")
@@ -243,6 +244,11 @@ def load(source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | 
         data, where, folder = load_yaml(path), str(path), path.resolve().parent
         if not isinstance(data, dict):
             raise UserError(f"{path}: expected a mapping of keys, got {type(data).__name__}")
+        if is_genome_file(data):
+            raise UserError(
+                f"{path}: is a genome file of mergekit-evolve; make it an experiment first: "
+                f"evomerge import {path} --to experiment.yaml"
+            )
     for key, value in (overrides or {}).items():
         data = _set(data, key.split("."), value, key)
     if isinstance(data.get("search_space"), dict) and "stages" in data["search_space"]:

@@ -19,7 +19,7 @@ from evomerge.merge.pipeline import BuildError
 from evomerge.pool import ModelPool
 from evomerge.proposal import Evaluation, Job, Scores, Telemetry, WorkUnit
 from evomerge.score import make_scorer
-from evomerge.score.model import NonFinite
+from evomerge.score.model import Altered, NonFinite
 from evomerge.score.plan import Plan, Scorable
 
 
@@ -46,13 +46,16 @@ class MergeEvaluator:
         experts = {n: folder_of(p) for n, p in spec.experts.items()}
         pool = ModelPool.open(folder_of(spec.base), experts, spec.manifest.base)
         self._builder = Builder(Bank.load(pool, spec.manifest, self.device), spec.dtype)
-        base = pool.checkpoints[pool.base].path
-        model = live_model(base, self._builder.views(), spec.dtype)
-        self._candidate = Scorable(model, load_tokenizer(base), self._builder.distance)
+        self._base = pool.checkpoints[pool.base].path
+        self._candidate = self._scorable()
         self._plans = spec.plans
         cuda = self.device.type == "cuda"
         self._device_name = torch.cuda.get_device_name(self.device) if cuda else "cpu"
         self._scorers = {kind: make_scorer(kind) for kind in {p.kind for p in spec.plans.values()}}
+
+    def _scorable(self) -> Scorable:
+        model = live_model(self._base, self._builder.views(), self._builder.dtype)
+        return Scorable(model, load_tokenizer(self._base), self._builder.distance)
 
     def evaluate(self, unit: WorkUnit) -> list[tuple[Evaluation, Telemetry]]:
         """One result per job, in order. Never raises for a bad candidate."""
@@ -72,6 +75,10 @@ class MergeEvaluator:
             result = Evaluation("ok", scores)
         except (BuildError, NonFinite) as e:
             result = Evaluation("failed:nan", reason=str(e))
+        except Altered as e:
+            self._builder.forget()
+            self._candidate = self._scorable()
+            result = Evaluation("failed:error", reason=str(e)[:500])
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             result = Evaluation("failed:oom", reason="out of device memory")

@@ -198,6 +198,11 @@ def load_items(tasks: Sequence[Task], allow: Allowed) -> dict[str, tuple[Item, .
     for t in tasks:
         if t.runs_code and not allow.code:
             raise UserError(f"task {t.name!r} runs code that the experiment names; read it, then add --allow-code")
+        if t.test_set is not None and not allow.test_sets:
+            raise UserError(
+                f"task {t.name!r} would search on {t.test_set}, where papers compare models; search on training items "
+                "(for lm_eval `data: training`), or add --allow-test-set"
+            )
     items = {t.name: t.load(Path.cwd()) for t in tasks}
     if not allow.test_sets:
         for name, mine in items.items():

@@ -211,6 +211,66 @@ def experiment_with(small_experiment: Path) -> Callable[..., Any]:
     return make
 
 
+# -- tasks of lm-eval ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lm_eval_task(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """lm_eval_task(rows, training=None, metrics=("acc",), files={}, **yaml) -> a folder with the lm-eval task `mine`.
+
+    Multiple choice over `question`, `choices` and `gold`, without blanks in between; its data are the test docs.
+    `process_results: module.function` names code among `files` (name -> text). lm-eval's caches stay in the folder.
+    """
+    import datasets
+    import huggingface_hub.constants
+    import yaml
+
+    cache = tmp_path_factory.mktemp("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(cache))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(cache))  # for workers
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for constants in (datasets.config, huggingface_hub.constants):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+    def make(
+        rows: Items,
+        *,
+        training: Items | None = None,
+        metrics: tuple[str, ...] = ("acc",),
+        files: dict[str, str] | None = None,
+        process_results: str | None = None,
+        **settings: object,
+    ) -> Path:
+        folder = tmp_path_factory.mktemp("tasks")
+        data = {"test": str(write_items(folder / "test.jsonl", rows))}
+        if training is not None:
+            data["train"] = str(write_items(folder / "train.jsonl", training))
+        for name, text in (files or {}).items():
+            (folder / name).write_text(text, encoding="utf-8")
+        config = {
+            "task": "mine",
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": data},
+            "test_split": "test",
+            "training_split": None if training is None else "train",
+            "fewshot_split": None if training is None else "train",
+            "output_type": "multiple_choice",
+            "doc_to_text": "{{question}}",
+            "doc_to_choice": "choices",
+            "doc_to_target": "gold",
+            "target_delimiter": "",
+            "metric_list": [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in metrics],
+            **settings,
+        }
+        text = yaml.safe_dump({k: v for k, v in config.items() if v is not None})
+        if process_results is not None:
+            text += f"process_results: !function {process_results}\n"
+        (folder / "mine.yaml").write_text(text, encoding="utf-8")
+        return folder
+
+    return make
+
+
 # -- hand-made pools without files ----------------------------------------------------------------------------
 
 

@@ -92,10 +92,11 @@ def test_resume_finishes_a_cut_run(run_copy: Path, capsys: Capsys) -> None:
     assert (run_copy / "journal.jsonl").read_bytes() == whole
 
 
+@pytest.mark.parametrize("allowed", [[], ["--allow-code", "--allow-test-set"]])
 def test_interruption_prints_the_way_back(
-    small_experiment: Path, tmp_path: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
+    small_experiment: Path, tmp_path: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch, allowed: list[str]
 ) -> None:
-    """Ctrl-C is exit 130 with the line that goes on, and that line works."""
+    """Ctrl-C is exit 130 with the line that goes on, permissions included, and that line works."""
     from evomerge.workers.inline import InlineExecutor
 
     def interrupt(*_: object) -> None:
@@ -103,13 +104,12 @@ def test_interruption_prints_the_way_back(
 
     with monkeypatch.context() as m:
         m.setattr(InlineExecutor, "wait", interrupt)
-        status, out, err = call(capsys, "run", small_experiment, "--out", tmp_path / "out")
-        again = call(capsys, "run", small_experiment, "--out", tmp_path / "out", "--allow-test-set")[2]
+        status, out, err = call(capsys, "run", small_experiment, "--out", tmp_path / "out", *allowed)
 
     assert (status, out) == (130, "")
-    assert err.endswith(f"evomerge: interrupted; go on with: evomerge resume {tmp_path / 'out'}\n")
-    assert again.endswith(f"evomerge resume {tmp_path / 'out'} --allow-test-set\n")
-    assert call(capsys, "resume", tmp_path / "out")[0] == 0
+    way_back = " ".join(["evomerge resume", str(tmp_path / "out"), *allowed])
+    assert err.endswith(f"evomerge: interrupted; go on with: {way_back}\n")
+    assert call(capsys, "resume", tmp_path / "out", *allowed)[0] == 0
 
 
 def test_a_run_that_cannot_score_its_base_fails(

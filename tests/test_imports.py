@@ -24,9 +24,9 @@ LEVELS = tuple(
     errors canonical architectures merge.methods merge.masks merge export report report.figures
     yamlio schema library files manifest stock tasks.rows tasks.test_sets journal pareto report.html
     hub
-    recipe pool licences tasks.base tasks.presets
-    proposal merge.bank merge.live tasks.prompts tasks.perplexity tasks.weights report.coefficients
-    tasks.multiple_choice tasks.generation
+    recipe pool licences tasks.base tasks.presets mergekit_evolve
+    proposal merge.bank merge.live tasks.prompts tasks.perplexity tasks.weights tasks.function tasks.lm_eval
+    tasks.multiple_choice tasks.generation report.coefficients
     tasks
     space score.plan workers rundir merge.pipeline
     search.base score score.model score.prompts merge.builder commit workers.inline workers.fake workers.units
@@ -34,7 +34,7 @@ LEVELS = tuple(
     search.cmaes search.random_search search.ga search.greedy_soup search.frank_wolfe search.nsga2 search.tpe search.gp
     search.nsga3
     workers.local workers.ray workers.child score.multiple_choice score.perplexity score.weights evaluate
-    score.generation
+    score.generation score.function score.lm_eval
     search layer_swap fitness
     config
     objective budget
@@ -54,9 +54,9 @@ HEAVY = words("torch transformers safetensors cma ray optuna plotly scipy psutil
 IMPURE = words(
     """
     pool stock merge.masks merge.bank merge.live merge.pipeline merge.builder score.model score.multiple_choice
-    score.perplexity score.weights score.generation evaluate standalone check workers.child workers.ray export.hf
-    export.verify report.results report.compare report.front report.page inspect_pool licences export.card export.push
-    report.pool_page
+    score.perplexity score.weights score.generation score.function score.lm_eval evaluate standalone check
+    workers.child workers.ray export.hf export.verify report.results report.compare report.front report.page
+    inspect_pool licences export.card export.push report.pool_page
     """
 )
 """May load heavy packages when they are imported; all others must not, so that the command line starts fast."""

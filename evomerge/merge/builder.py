@@ -60,6 +60,10 @@ class Builder:
             )
         return len(changed)
 
+    def forget(self) -> None:
+        """Build every block anew next time: somebody else may have written to the buffer."""
+        self._built.clear()
+
     def distance(self) -> float:
         """||theta - theta_0|| / ||theta_0|| over all weights of what is built, in float64."""
         moved = norm = 0.0

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Union
 from pydantic import Discriminator, Tag
 
 from evomerge.tasks.base import TaskSpec
+from evomerge.tasks.function import FunctionSpec
 from evomerge.tasks.generation import GenerationSpec
+from evomerge.tasks.lm_eval import LmEvalSpec
 from evomerge.tasks.multiple_choice import MultipleChoiceSpec
 from evomerge.tasks.perplexity import PerplexitySpec
 from evomerge.tasks.weights import WeightsSpec
@@ -31,6 +33,8 @@ KINDS: Mapping[str, Kind] = {
     ),
     "perplexity": Kind(PerplexitySpec, "evomerge.score.perplexity:Perplexity", "bits per byte of given texts"),
     "weights": Kind(WeightsSpec, "evomerge.score.weights:Weights", "distance of the weights from the base"),
+    "lm_eval": Kind(LmEvalSpec, "evomerge.score.lm_eval:LmEval", "a task of lm-evaluation-harness, in memory"),
+    "python": Kind(FunctionSpec, "evomerge.score.function:Function", "a Python function of your own"),
 }
 
 

@@ -77,10 +77,9 @@ class TaskSpec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    metrics: ClassVar[Mapping[str, Direction]] = {}
+    # Without a value here, so that a kind whose tasks name their own metrics can make this a key of theirs.
+    metrics: ClassVar[Mapping[str, Direction]]
     """Per-item columns that the kind's scorer gives, and which way is good."""
-    runs_code: ClassVar[bool] = False
-    """True where loading or scoring runs code that the experiment names."""
     benchmark: ClassVar[bool] = True
     """False where the metrics say nothing about how well a model does: no row of result tables, no floor."""
 
@@ -129,6 +128,16 @@ class TaskSpec(BaseModel):
     def needs_data(self) -> bool:
         """Whether the items come from files."""
         return True
+
+    @property
+    def runs_code(self) -> bool:
+        """Whether loading or scoring runs code that the experiment names."""
+        return False
+
+    @property
+    def test_set(self) -> str | None:
+        """The known benchmark whose test items the search would look at, or None."""
+        return None
 
     @property
     def directions(self) -> Mapping[str, Direction]:
