@@ -42,6 +42,8 @@ ROW_SHARE = 16
 """A batch has at most the plan's `batch_tokens` divided by this many rows."""
 BLOCK = 64
 """Columns by which the buffers of keys and values grow."""
+UNSEEN = 1 << 40
+"""The position of padding: beyond all others, so that no row looks back at it."""
 
 
 @dataclass(frozen=True)
@@ -260,10 +262,6 @@ class Decoding:
 
     def _tensor(self, array: NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.weight.device)
-
-
-UNSEEN = 1 << 40
-"""A position beyond all others, which no row looks back at."""
 
 
 class Columns(DynamicLayer):  # type: ignore[misc]
