@@ -29,7 +29,8 @@ LEVELS = tuple(
     tasks.multiple_choice tasks.generation report.coefficients
     tasks
     space score.plan workers rundir merge.pipeline
-    search.base score score.model score.prompts merge.builder commit workers.inline workers.fake workers.units
+    search.base score score.attention score.model score.prompts merge.builder commit
+    workers.inline workers.fake workers.units
     search.optuna_study search.recipes
     search.cmaes search.random_search search.ga search.greedy_soup search.frank_wolfe search.nsga2 search.tpe search.gp
     search.nsga3
@@ -53,10 +54,10 @@ LEVELS = tuple(
 HEAVY = words("torch transformers safetensors cma ray optuna plotly scipy psutil huggingface_hub pyarrow lm_eval")
 IMPURE = words(
     """
-    pool stock merge.masks merge.bank merge.live merge.pipeline merge.builder score.model score.multiple_choice
-    score.perplexity score.weights score.generation score.function score.lm_eval evaluate standalone check
-    workers.child workers.ray export.hf export.verify report.results report.compare report.front report.page
-    inspect_pool licences export.card export.push report.pool_page
+    pool stock merge.masks merge.bank merge.live merge.pipeline merge.builder score.attention score.model
+    score.multiple_choice score.perplexity score.weights score.generation score.function score.lm_eval
+    evaluate standalone check workers.child workers.ray export.hf export.verify report.results report.compare
+    report.front report.page report.pool_page inspect_pool licences export.card export.push
     """
 )
 """May load heavy packages when they are imported; all others must not, so that the command line starts fast."""

@@ -26,11 +26,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
+from transformers import GenerationConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from evomerge.errors import UserError
+from evomerge.score.attention import expanded, masks, prefix_cache, takes_branches, windows
 from evomerge.score.model import NonFinite
-from evomerge.score.multiple_choice import _expanded, _masks, _prefix_cache, _windows
 from evomerge.score.plan import Plan, Scorable, Target, places
 from evomerge.score.prompts import Prompter, shared_prefix
 from evomerge.tasks.base import Item
@@ -135,7 +136,9 @@ class Generation:
         """What the model writes for the items at `positions`, in their order. Raises NonFinite on NaN logits."""
         out: list[Written | None] = [None] * len(positions)
         with torch.inference_mode():
-            past = _prefix_cache(candidate.model, plan)  # type: ignore[arg-type]  # only `prefix` is read
+            if not takes_branches(candidate.model.config):
+                return [alone(candidate, plan, i) for i in positions]
+            past = prefix_cache(candidate.model, plan.prefix)
             for batch in batches(plan, positions):
                 decoding = Decoding(candidate, plan, [positions[n] for n in batch], past)
                 for n, written in zip(batch, decoding.run(), strict=True):
@@ -171,7 +174,7 @@ class Decoding:
         self.past = past
         self.rows = list(range(len(items)))  # which item each row of the batch is
         self.weight = next(candidate.model.parameters())
-        self.windows = _windows(candidate.model.config)
+        self.windows = windows(candidate.model.config)
 
     def run(self) -> list[Written]:
         """What each row wrote, in the order of the items."""
@@ -215,10 +218,10 @@ class Decoding:
             n = len(prompt)
             tokens[r, width - n :], segment[r, width - n :] = prompt, 0
             place[r, width - n :] = columns[r, longest + front - n :] = np.arange(front, front + n)
-        cache = DynamicCache() if self.past is None else _expanded(self.past, len(prompts))
+        cache = DynamicCache() if self.past is None else expanded(self.past, len(prompts))
         logits = self.model(
             input_ids=self._tensor(tokens),
-            attention_mask=_masks(self.model.config, segment, place, front, self.weight),
+            attention_mask=masks(self.model.config, segment, place, front, self.weight),
             position_ids=self._tensor(place),
             past_key_values=cache,
             use_cache=True,
@@ -246,14 +249,14 @@ class Decoding:
         """One token further."""
         self.place = torch.cat([self.place, self.at[:, None]], dim=1)
         back = self.at[:, None] - self.place
-        masks = {}
+        seen_by = {}
         for kind, window in self.windows.items():
             seen = (back >= 0) & (back < (window or UNSEEN))
             mask = torch.zeros(seen.shape, dtype=self.weight.dtype, device=seen.device)
-            masks[kind] = mask.masked_fill_(~seen, torch.finfo(torch.float16).min)[:, None, None]
+            seen_by[kind] = mask.masked_fill_(~seen, torch.finfo(torch.float16).min)[:, None, None]
         self.logits = self.model(
             input_ids=self._tensor(np.array(tokens))[:, None],
-            attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
+            attention_mask=seen_by if len(seen_by) > 1 else next(iter(seen_by.values())),
             position_ids=self.at[:, None],
             past_key_values=self.cache,
             use_cache=True,
@@ -335,3 +338,27 @@ class Tail:
 
     def _decode(self, tokens: list[int]) -> str:
         return str(self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
+
+
+def alone(candidate: Scorable, plan: GenerationPlan, item: int) -> Written:
+    """One item by transformers' own generate: for families whose masks and caches were not checked."""
+    tail = Tail(candidate.tokenizer, plan, item)
+
+    def finite(_tokens: Tensor, scores: Tensor) -> Tensor:
+        if not bool(torch.isfinite(scores.max(dim=-1).values).all()):
+            raise NonFinite(f"task {plan.task!r}: logits are NaN or infinite")
+        return scores
+
+    def ended(tokens: Tensor, _scores: Tensor) -> Tensor:
+        return torch.tensor([tail.add(int(tokens[0, -1]))], device=tokens.device)
+
+    row = np.concatenate([plan.prefix, plan.prompts[item]]).astype(np.int64)
+    tokens = torch.from_numpy(row)[None].to(next(candidate.model.parameters()).device)
+    candidate.model.generate(
+        tokens,
+        attention_mask=torch.ones_like(tokens),
+        generation_config=GenerationConfig(do_sample=False, max_new_tokens=plan.max_tokens, pad_token_id=0),
+        logits_processor=[finite],
+        stopping_criteria=[ended],
+    )
+    return tail.written()

@@ -27,8 +27,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from evomerge.architectures import ARCHITECTURES
 from evomerge.errors import UserError
+from evomerge.score.attention import expanded, masks, prefix_cache, takes_branches
 from evomerge.score.model import NonFinite, prefix_token
 from evomerge.score.plan import Plan, Scorable, Target, places
 from evomerge.score.prompts import Prompter, shared_prefix
@@ -147,9 +147,11 @@ class MultipleChoice:
             self._prepared[key] = tuple(_batches(model, plan, positions))
         out: list[NDArray[np.float64]] = [np.empty(0)] * len(positions)
         with torch.inference_mode():
-            past = _prefix_cache(model, plan)
+            branches = takes_branches(model.config)
+            past = prefix_cache(model, plan.prefix) if branches else None
             for batch in self._prepared[key]:
-                sums = _run(model, batch, past).double().cpu().numpy()
+                whole = _run(model, batch, past) if branches else _run_rows(model, batch, plan.prefix)
+                sums = whole.double().cpu().numpy()
                 if not np.isfinite(sums).all():
                     raise NonFinite(f"task {plan.task!r}: log-probabilities are NaN or infinite")
                 at = 0
@@ -276,7 +278,7 @@ def _batch(model: Any, plan: ChoicePlan, positions: tuple[int, ...], group: list
     return _Batch(
         tokens=torch.from_numpy(tokens).to(device),
         positions=torch.from_numpy(place).to(device),
-        mask=_masks(model.config, segment, place, len(plan.prefix), weight),
+        mask=masks(model.config, segment, place, len(plan.prefix), weight),
         answers=torch.tensor(list(answers), device=device),
         pick_rows=torch.from_numpy(pick[0]).to(device),
         pick_tokens=torch.from_numpy(pick[1]).to(device),
@@ -286,89 +288,15 @@ def _batch(model: Any, plan: ChoicePlan, positions: tuple[int, ...], group: list
     )
 
 
-def _masks(
-    config: Any, segment: NDArray[np.int64], place: NDArray[np.int64], prefix: int, like: Tensor
-) -> Tensor | dict[str, Tensor]:
-    """Additive mask (B, 1, L, P + L): a token sees the prefix, its item's context and its own branch, causally.
-
-    Models whose layers differ in their attention window get one by type of layer, as transformers takes them.
-    """
-    if not _takes_branches(config):
-        return torch.empty(0)
-    length = segment.shape[1]
-    causal = np.tril(np.ones((length, length), dtype=bool))
-    query, key = segment[:, :, None], segment[:, None, :]
-    allowed = causal & ((query == key) | ((key == 0) & (query >= 0)))
-    allowed = np.concatenate([np.ones((*segment.shape, prefix), dtype=bool), allowed], axis=2)
-    columns = np.broadcast_to(np.arange(prefix), (segment.shape[0], prefix))
-    back = place[:, :, None] - np.concatenate([columns, place], axis=1)[:, None, :]
-    masks = {}
-    for kind, window in _windows(config).items():
-        seen = allowed if window is None else allowed & (back < window)
-        mask = torch.zeros(seen.shape, dtype=torch.float32)
-        mask.masked_fill_(~torch.from_numpy(seen), torch.finfo(torch.float16).min)
-        masks[kind] = mask[:, None].to(like.device, like.dtype)
-    return masks if len(masks) > 1 else masks.popitem()[1]
-
-
-def _windows(config: Any) -> dict[str, int | None]:
-    """Type of layer -> sliding attention window in tokens, None for full attention."""
-    window = getattr(config, "sliding_window", None)
-    if getattr(config, "use_sliding_window", True) is False:
-        window = None
-    everywhere = ["full_attention" if window is None else "sliding_attention"]
-    kinds = getattr(config, "layer_types", None) or everywhere
-    return {k: int(window) if window is not None and k == "sliding_attention" else None for k in sorted(set(kinds))}
-
-
-def _takes_branches(config: Any) -> bool:
-    """Whether choices may stand side by side behind one context: for families where that was checked.
-
-    Others may carry a recurrent state, count positions by themselves or read the mask in their own way.
-    """
-    return config.model_type in ARCHITECTURES
-
-
-def _prefix_cache(model: Any, plan: ChoicePlan) -> Any:
-    """Keys and values of the shared prefix, batch size 1, or None; its bare tokens (P,) for unchecked families."""
-    if not _takes_branches(model.config):
-        return torch.from_numpy(plan.prefix.astype(np.int64))
-    if not len(plan.prefix):
-        return None
-    from transformers import DynamicCache
-
-    device = next(model.parameters()).device
-    cache = DynamicCache()
-    # Everything below the head: the prefix predicts nothing that is scored.
-    model.base_model(
-        input_ids=torch.from_numpy(plan.prefix.astype(np.int64))[None].to(device),
-        past_key_values=cache,
-        use_cache=True,
-    )
-    return cache
-
-
-def _expanded(cache: Any, rows: int) -> Any:
-    """A cache of its own for one batch: the prefix's keys and values seen by every row."""
-    from transformers import DynamicCache
-
-    out = DynamicCache()
-    for i, layer in enumerate(cache.layers):
-        out.update(layer.keys.expand(rows, -1, -1, -1), layer.values.expand(rows, -1, -1, -1), i)
-    return out
-
-
 def _run(model: Any, batch: _Batch, past: Any) -> Tensor:
     """Summed log-probability of every choice of the batch, shape (C,), fp32."""
-    if not _takes_branches(model.config):
-        return _run_rows(model, batch, past)
     logits = _answer_logits(
         model,
         batch.answers,
         input_ids=batch.tokens,
         attention_mask=batch.mask,
         position_ids=batch.positions,
-        past_key_values=None if past is None else _expanded(past, len(batch.tokens)),
+        past_key_values=None if past is None else expanded(past, len(batch.tokens)),
         use_cache=past is not None,
     )
     total = logits.logsumexp(dim=-1)
@@ -376,15 +304,16 @@ def _run(model: Any, batch: _Batch, past: Any) -> Tensor:
     return torch.where(batch.pick_valid, picked, 0.0).sum(dim=-1)
 
 
-def _run_rows(model: Any, batch: _Batch, prefix: Tensor) -> Tensor:
+def _run_rows(model: Any, batch: _Batch, prefix: NDArray[np.int32]) -> Tensor:
     """The same for any causal model: one whole row a choice, padded behind, without mask, positions or cache."""
     length, room = batch.tokens.shape[1], batch.tokens.numel()
     tokens, answers = batch.tokens.cpu().reshape(-1), batch.answers.cpu()
+    front = torch.from_numpy(prefix.astype(np.int64))
     rows = []
     for picks, valid in zip(batch.pick_rows.cpu(), batch.pick_valid.cpu(), strict=True):
         at = answers[picks[valid]]  # the last token of the context, then the choice's own
         start = int(at[0]) // length * length
-        rows.append(torch.cat([prefix, tokens[start : int(at[0]) + 1], tokens[at[1:]]]))
+        rows.append(torch.cat([front, tokens[start : int(at[0]) + 1], tokens[at[1:]]]))
     out = []
     wide = max(len(r) for r in rows)
     step = max(1, room // wide)

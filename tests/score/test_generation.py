@@ -113,6 +113,13 @@ ARCHITECTURES: list[tuple[str, dict[str, Any]]] = [
     ("mistral", {"sliding_window": 5}),
     ("mistral", {"sliding_window": 24}),
     ("qwen2", {"sliding_window": 5, "use_sliding_window": True, "max_window_layers": 1}),
+    ("gemma2", {}),
+    ("gemma3_text", {}),
+    ("gpt2", {}),
+    ("gpt_neox", {}),
+    ("phi", {}),
+    ("mamba", {}),
+    ("bloom", {}),
 ]
 """Model types with settings; a new architecture is a line here."""
 
