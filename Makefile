@@ -18,7 +18,7 @@ demo: install
 	.venv/bin/evomerge run experiments/quickstart.yaml --out $(OUT) $(DEMO)
 
 test: install
-	$(PY) -m pytest -q
+	$(PY) -m pytest -q -n 2 --dist worksteal
 
 # Real kills, the wheel outside the checkout, longer searches.
 test-slow: install

@@ -137,9 +137,10 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--split", choices=("search", "select", "report"), default="report", help="of the printed table")
     p.add_argument("--html", type=Path, metavar="PATH", help="where the page goes (default DIR/report.html)")
 
-    p = with_json(command("export", _export, "write a candidate as a checkpoint or a mergekit configuration"))
+    p = with_json(command("export", _export, "write candidates as checkpoints or mergekit configurations"))
     p.add_argument("dir", type=Path)
-    p.add_argument("id", nargs="?", help="number of the candidate, or winner (default)")
+    p.add_argument("id", nargs="*", help="numbers of candidates, or winner (default); several go below --to")
+    p.add_argument("--front", action="store_true", help="all members of the front")
     p.add_argument("--format", choices=("hf", "mergekit"), default="hf")
     p.add_argument("--to", type=Path, required=True, metavar="PATH")
     p.add_argument("--push", metavar="ORG/NAME", help="upload the checkpoint to the hub, too; needs `hf auth login`")
@@ -213,6 +214,7 @@ def _resume(args: argparse.Namespace) -> int:
 
 def _go(args: argparse.Namespace, experiment: Any, out: Path) -> int:
     from evomerge.commit import Interrupted
+    from evomerge.export.write import write_export
     from evomerge.progress import Terminal
     from evomerge.report.page import write_page
     from evomerge.report.results import results, text_table
@@ -234,8 +236,8 @@ def _go(args: argparse.Namespace, experiment: Any, out: Path) -> int:
         raise KeyboardInterrupt from None
     if experiment.export.format is not None:
         target = out / "exports" / experiment.export.format
-        if not target.exists():
-            _write_export(history, history.winner_id, experiment.export.format, target)
+        if not target.exists() and history.winner_id is not None:
+            write_export(history, history.winner_id, experiment.export.format, target)
     try:
         page = f"page: {write_page(history)}"
     except RunError as e:  # takes nothing from the run, which is whole in its journal
@@ -399,17 +401,20 @@ def _report(args: argparse.Namespace) -> int:
 
 def _export(args: argparse.Namespace) -> int:
     from evomerge.export.push import check_push, push
+    from evomerge.export.write import write_export
     from evomerge.history import History
 
     history = History.read(args.dir)
-    number = _candidate(history, args.id)
+    if args.front or len(args.id) > 1:
+        return _export_several(args, history)
+    number = _candidate(history, args.id[0] if args.id else None)
     if args.push is None and args.private:
         raise UserError("--private goes with --push ORG/NAME")
     if args.push is not None:
         if args.format != "hf":
             raise UserError("--push uploads a checkpoint; leave out --format, or take hf")
         check_push(args.push)
-    _write_export(history, number, args.format, args.to)
+    write_export(history, number, args.format, args.to)
     data = {"candidate": number, "format": args.format, "path": str(args.to)}
     lines = [f"wrote candidate {number} to {args.to}"]
     if args.format == "hf":
@@ -419,6 +424,30 @@ def _export(args: argparse.Namespace) -> int:
         data["pushed"] = push(args.to, args.push, args.private)
         lines.append(f"pushed to {data['pushed']}")
     _print(args, data, lambda: "\n".join(lines))
+    return 0
+
+
+def _export_several(args: argparse.Namespace, history: History) -> int:
+    """Every candidate in a folder or file of its own below --to, named by its number."""
+    from evomerge.export.write import write_export
+
+    if args.push is not None:
+        raise UserError("--push uploads one candidate; name one, or leave out --push")
+    if args.front and args.id:
+        raise UserError("--front names the candidates already; leave out the numbers")
+    if args.front:
+        history.winner  # noqa: B018 (raises the error that says what to do)
+    numbers = dict.fromkeys(history.front if args.front else (_candidate(history, i) for i in args.id))
+    ending = ".yml" if args.format == "mergekit" else ""
+    paths = {n: args.to / f"{n}{ending}" for n in numbers}
+    for path in paths.values():
+        if path.exists():
+            raise UserError(f"{path}: exists; choose another --to")
+    args.to.mkdir(parents=True, exist_ok=True)
+    for number, path in paths.items():
+        write_export(history, number, args.format, path)
+    data = [{"candidate": n, "format": args.format, "path": str(p)} for n, p in paths.items()]
+    _print(args, data, lambda: "\n".join(f"wrote candidate {n} to {p}" for n, p in paths.items()))
     return 0
 
 
@@ -434,40 +463,6 @@ def _warn_before_push(folder: Path) -> None:
     notes = remarks({n: licence_of(folder_of(p)) for n, p in paths.items()})
     for note in [*notes, f"{RECIPE} and {RECORD} name the parents' folders on this machine"]:
         print(f"evomerge: note: {note}", file=sys.stderr)
-
-
-def _write_export(history: History, number: int | None, form: str, target: Path) -> None:
-    from evomerge.export.hf import write_hf
-    from evomerge.export.mergekit import to_mergekit
-    from evomerge.export.record import scores_for_record
-    from evomerge.export.verify import open_recipe_pool
-    from evomerge.files import new_file
-    from evomerge.yamlio import dump_yaml
-
-    assert number is not None
-    recipe = history.recipe(number)
-    if form == "mergekit":
-        new_file(target, dump_yaml(to_mergekit(recipe, history.manifest, history.source_paths())))
-        return
-    pool, manifest = open_recipe_pool(recipe, history.source_paths())
-    recipe.canonical(manifest)  # refuses sources that changed since the run
-    scores, fitness = scores_for_record(history, number)
-    notes = {
-        "experiment": history.experiment.name,
-        "experiment_id": history.facts["experiment_id"],
-        "candidate": number,
-    }
-    write_hf(
-        target,
-        recipe,
-        pool,
-        manifest,
-        scores=scores,
-        fitness=fitness,
-        notes=notes,
-        history=history,
-        candidate=number,
-    )
 
 
 def _import(args: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -66,8 +66,9 @@ class History:
     """Candidates answered from earlier scores."""
 
     @classmethod
-    def read(cls, path: Path) -> History:
+    def read(cls, path: str | Path) -> Self:
         """Read a run directory. Raises UserError where it is none, or damaged."""
+        path = Path(path)
         if not (path / JOURNAL).is_file():
             raise UserError(f"{path}: is no run directory (no {JOURNAL}); expected what `evomerge run` wrote")
         experiment = load_resolved(path)
@@ -82,7 +83,7 @@ class History:
             raise UserError(f"{path / JOURNAL}: an event lacks what it should hold ({e!r})") from None
 
     @classmethod
-    def _decoded(cls, path: Path, experiment: Experiment, events: list[Event]) -> History:
+    def _decoded(cls, path: Path, experiment: Experiment, events: list[Event]) -> Self:
         names: dict[str, str] = {}
         item_ids: dict[str, Any] = {}
         entries: dict[int, Entry] = {}

@@ -45,6 +45,8 @@ LEVELS = tuple(
     run export.card export.push report.compare report.front report.page report.pool_page
     export.hf
     export.verify
+    export.write
+    api
     cli __init__
     __main__
     """.strip().splitlines()
@@ -57,7 +59,7 @@ IMPURE = words(
     pool stock merge.masks merge.bank merge.live merge.pipeline merge.builder score.attention score.model
     score.multiple_choice score.perplexity score.weights score.generation score.function score.lm_eval
     evaluate standalone check workers.child workers.ray export.hf export.verify report.results report.compare
-    report.front report.page report.pool_page inspect_pool licences export.card export.push
+    report.front report.page report.pool_page inspect_pool licences export.write export.card export.push
     """
 )
 """May load heavy packages when they are imported; all others must not, so that the command line starts fast."""
