@@ -75,13 +75,22 @@ def _fields_at(model: type[BaseModel], path: tuple[Any, ...]) -> set[str]:
             if part in (name, field.alias)
             for m in _members(field.annotation)
         ]
-        # Positions in lists, keys of mappings and union tags are no fields: stay where we are.
-        here = found or here
+        tagged = [t for t in here if _kind(t) == part]
+        # Positions in lists and keys of mappings are no fields: stay where we are.
+        here = found or tagged or here
     out: set[str] = set()
     for t in here:
         if isinstance(t, type) and issubclass(t, BaseModel):
             out |= {f.alias or n for n, f in t.model_fields.items()}
     return out
+
+
+def _kind(model: Any) -> Any:
+    """The tag of a member of a tagged union, whose models say in a field `kind` what they are."""
+    if not (isinstance(model, type) and issubclass(model, BaseModel)) or "kind" not in model.model_fields:
+        return None
+    values = typing.get_args(model.model_fields["kind"].annotation)
+    return values[0] if len(values) == 1 else None
 
 
 def _members(annotation: Any) -> list[Any]:
