@@ -133,9 +133,9 @@ def _settings(algorithm: str, p: Problem) -> dict[str, int]:
     if algorithm == "random":
         return {"population": min(16, int(p.budget))}
     if algorithm in ("tpe", "gp"):
-        most, startup = (8, 16) if algorithm == "tpe" else (4, 10)
+        startup = 16 if algorithm == "tpe" else 10
         # A quarter of a small budget on uniform points, and sixteen rounds of learning.
-        return {"population": _within(p.budget / 16, 1, most), "startup": _within(p.budget / 4, 4, startup)}
+        return {"population": _within(p.budget / 16, 1, 4), "startup": _within(p.budget / 4, 4, startup)}
     # Fifteen generations, as long as the front has room.
     population = 40 if p.evaluations is None else _within(p.budget / 15, LEAST_FRONT, MOST_FRONT)
     return {"population": population} | ({"divisions": divisions(p.objectives, population)} if p.objectives > 2 else {})
