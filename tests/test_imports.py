@@ -42,8 +42,8 @@ LEVELS = tuple(
     prepare
     progress history standalone check inspect_pool
     session warm export.mergekit export.record report.results report.status
-    run export.card export.push report.compare report.front report.page report.pool_page
-    export.hf
+    run export.card export.push report.compare report.front report.pool_page
+    export.hf report.page
     export.verify
     cli __init__
     __main__
