@@ -15,6 +15,7 @@ from evomerge.errors import UserError
 from evomerge.history import History
 from evomerge.report.front import best_where, front, front_text, knee, members, preferred, progress
 
+
 def scores(history: History, number: int, task: str) -> float:
     found = history.entry(number).scores("select")
     assert found is not None
@@ -101,4 +102,4 @@ def test_one_objective_has_a_front_of_one(finished_run: Path) -> None:
     """A scalar run's front is its winner."""
     history = History.read(finished_run)
 
-    assert members(front_run) == (history.winner_id,)
+    assert members(history) == (history.winner_id,)

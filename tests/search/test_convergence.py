@@ -400,7 +400,7 @@ SLOW = pytest.mark.slow
         pytest.param("nsga-iii", "dtlz2", 600, 16, marks=SLOW),
         pytest.param("tpe", "sphere", 150, 16, marks=SLOW),
         pytest.param("tpe", "mixed", 150, 16, marks=SLOW),
-        pytest.param("gp", "valley", 30, 6, marks=[SLOW, pytest.mark.timeout(300)]),
+        pytest.param("gp", "valley", 20, 4, marks=[SLOW, pytest.mark.timeout(300)]),
     ],
 )
 def test_not_inferior(algorithm: str, name: str, budget: int, seeds: int) -> None:
