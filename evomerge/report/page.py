@@ -160,13 +160,13 @@ def _front_verdict(history: History) -> str:
     goals = _listed([repr(g) for g in history.goals])
     parts = [
         f"The front on the select split has {len(members)} {'member' if len(members) == 1 else 'members'}, of which "
-        f"the search found {found}: candidates that no other finalist is at least as good as on {goals}, "
-        "and better on one."
+        f"the search found {found}: candidates that no other finalist matches on all of {goals} "
+        "and beats on one."
     ]
     if kept:
         parts.append(f"{_listed(kept)} {'was' if len(kept) == 1 else 'were'} there before.")
     if beaten:
-        parts.append(f"It leaves {_listed(beaten)} behind on every objective.")
+        parts.append(f"It dominates {_listed(beaten)}.")
     first = history.entry(members[0])
     name = repr(first.name) if first.role == "baseline" else f"candidate {first.id}"
     parts.append(f"Nearest to the ideal point lies {name}, which the tables call the winner.")
