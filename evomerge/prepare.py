@@ -20,7 +20,7 @@ from evomerge.proposal import ItemSet
 from evomerge.recipe import Match, Recipe, Rule
 from evomerge.schema import validated
 from evomerge.score.plan import Plan, PlanShape, Target, item_sets
-from evomerge.search import ALGORITHMS, needs_of
+from evomerge.search import ALGORITHMS, needs_of, settings_of
 from evomerge.search.auto import AUTO, Problem, choose
 from evomerge.search.cmaes import default_population
 from evomerge.space import RuleSpace, SearchSpace, SpaceSpec
@@ -191,7 +191,9 @@ def with_algorithms(
 ) -> tuple[Experiment, list[str]]:
     """The experiment with `auto` replaced by what it picks, stage by stage, and a line for each that says why.
 
-    Settings beside `auto` stay as they are given. Raises UserError for one that the picked algorithm does not have.
+    Settings of `search` stay as they are given. Those of a stage, which library spaces have for one algorithm, are
+    left out where they are another one's, and the line says so. Raises UserError for other settings that the picked
+    algorithm does not have.
     """
     search, picked = experiment.search, []
     stages = list(experiment.stages)
@@ -201,9 +203,12 @@ def with_algorithms(
         choice = choose(
             Problem(space.axes, len(fitness_of(experiment).goals), allowance.of_stage(n), search.lag is not None)
         )
-        settings = {**choice.settings, **search.settings, **stage.settings}
+        others = frozenset[str]().union(*map(settings_of, ALGORITHMS)) - settings_of(choice.algorithm)
+        own = {k: v for k, v in stage.settings.items() if k not in others}
+        settings = {**choice.settings, **search.settings, **own}
         stages[n] = stage.model_copy(update={"algorithm": choice.algorithm, "settings": settings})
-        picked.append(f"{_stage(n, stages)}auto picked {choice.why}")
+        left_out = "".join(f"; {k} of the stage is left out" for k in stage.settings if k not in own)
+        picked.append(f"{_stage(n, stages)}auto picked {choice.why}{left_out}")
         try:
             experiment.algorithm_of(stages[n])
         except UserError as e:

@@ -161,12 +161,17 @@ def test_auto_of_stages(experiment_with: With) -> None:
     """Each stage has its own choice by its own share; one that names its algorithm keeps it."""
     space = stages(WIDE, {"groups": "layers", **WIDE}, {"groups": "layer-modules", **WIDE})
     space["search_space"]["stages"][1]["algorithm"] = "tpe"
+    for stage, sigma in ((0, 0.2), (2, 0.1)):
+        space["search_space"]["stages"][stage]["settings"] = {"sigma": sigma}
     prepared = prepare(experiment_with(**searching("auto", 600), **space))
 
     names = [prepared.experiment.algorithm_of(s)[0] for s in prepared.stages]
     assert names == ["cma-es", "tpe", "cma-es"]
     assert [n.partition(":")[0] for n in prepared.notes[:2]] == ["stage 1", "stage 3"]
     assert "auto" not in prepared.experiment.to_yaml()
+    small = prepare(experiment_with(**searching("auto", 60), **space))
+    assert small.experiment.algorithm_of(small.stages[0])[0] == "gp"
+    assert small.notes[0].endswith("; sigma of the stage is left out")
 
 
 def test_auto_stays_with_the_first_budget(experiment_with: With) -> None:
