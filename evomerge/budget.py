@@ -47,6 +47,12 @@ class Allowance:
         assert self.budget.item_evaluations is not None
         return int(self.budget.item_evaluations * self._until(n)) // self.items_per_candidate
 
+    def of_stage(self, n: int) -> int | None:
+        """Candidates that stage n may ask for where earlier ones use theirs up; None under a budget of time."""
+        if self.budget.minutes is not None:
+            return None
+        return self._candidates(n) - (self._candidates(n - 1) if n else 0)
+
     def left(self, n: int, asked: int, journal: Journal, rundir: RunDirectory) -> int:
         """Proposals that stage n may still ask for after `asked` of all stages; 0 ends it."""
         if self.budget.minutes is None:

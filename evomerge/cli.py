@@ -581,8 +581,10 @@ def _list(args: argparse.Namespace) -> int:
         rows = [{"name": m.name, "status": m.status, "about": m.source} for m in METHODS.values()]
     elif args.what == "algorithms":
         from evomerge.search import ALGORITHMS
+        from evomerge.search.auto import AUTO
 
         rows = [{"name": n, "about": a.about} for n, a in ALGORITHMS.items()]
+        rows.append({"name": AUTO, "about": "one of these, by axes, objectives and budget; `check` says which and why"})
     elif args.what == "tasks":
         from evomerge.tasks import KINDS
 

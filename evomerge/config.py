@@ -16,6 +16,7 @@ from evomerge.library import find
 from evomerge.mergekit_evolve import is_genome_file
 from evomerge.schema import validated
 from evomerge.search import ALGORITHMS, make_options
+from evomerge.search.auto import AUTO
 from evomerge.space import SpaceSpec
 from evomerge.tasks import Task
 from evomerge.yamlio import dump_yaml, load_yaml, parse_yaml
@@ -168,6 +169,10 @@ class Experiment(_Part):
         assert isinstance(self.fitness, FitnessSpec)
         return self.fitness.benchmarks
 
+    def is_auto(self, stage: Stage) -> bool:
+        """Whether a stage's algorithm is still to be chosen; no longer after `prepare`."""
+        return (stage.algorithm or self.search.algorithm) == AUTO
+
     def algorithm_of(self, stage: Stage) -> tuple[str, Any]:
         """Name and options of a stage's algorithm. Raises UserError for wrong settings."""
         name = stage.algorithm or self.search.algorithm
@@ -256,10 +261,10 @@ def load(source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | 
     elif isinstance(data.get("search_space"), dict):
         validated(SpaceSpec, data["search_space"], f"{where}: search_space")
     experiment = validated(Experiment, data, where)
-    if experiment.search.algorithm not in ALGORITHMS:
+    if experiment.search.algorithm not in (AUTO, *ALGORITHMS):
         raise UserError(
             f"{where}: search.algorithm: unknown algorithm {experiment.search.algorithm!r}"
-            f"{nearest(experiment.search.algorithm, ALGORITHMS)}"
+            f"{nearest(experiment.search.algorithm, (AUTO, *ALGORITHMS))}"
         )
     resolved = experiment.model_copy(
         update={
@@ -269,7 +274,8 @@ def load(source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | 
         }
     )
     for stage in resolved.stages:
-        resolved.algorithm_of(stage)
+        if not resolved.is_auto(stage):
+            resolved.algorithm_of(stage)
     return resolved
 
 

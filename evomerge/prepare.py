@@ -10,7 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from evomerge.config import Experiment, Stage, Workers
+from evomerge.budget import Allowance
+from evomerge.config import Budget, Experiment, Stage, StagedSpec, Workers
 from evomerge.errors import UserError
 from evomerge.fitness import FitnessSpec
 from evomerge.layer_swap import LayerSwapSpace
@@ -19,7 +20,9 @@ from evomerge.proposal import ItemSet
 from evomerge.recipe import Match, Recipe, Rule
 from evomerge.schema import validated
 from evomerge.score.plan import Plan, PlanShape, Target, item_sets
-from evomerge.search import ALGORITHMS, needs_of
+from evomerge.search import ALGORITHMS, needs_of, settings_of
+from evomerge.search.auto import AUTO, Problem, choose
+from evomerge.search.cmaes import default_population
 from evomerge.space import RuleSpace, SearchSpace, SpaceSpec
 from evomerge.tasks import Task
 from evomerge.tasks.base import NOTHING, Allowed, Item
@@ -146,10 +149,16 @@ def with_commits(experiment: Experiment) -> Experiment:
     return experiment.model_copy(update={"models": models.model_copy(update=update)})
 
 
-def prepare(experiment: Experiment, shape: PlanShape | None = None, allow: Allowed = NOTHING) -> Prepared:
+def prepare(
+    experiment: Experiment,
+    shape: PlanShape | None = None,
+    allow: Allowed = NOTHING,
+    began_with: Budget | None = None,
+) -> Prepared:
     """Open and check everything. Raises UserError before any expensive work.
 
-    `shape` is the journalled batch shape of a run that is resumed; else it is chosen by device.
+    `shape` is the journalled batch shape of a run that is resumed; else it is chosen by device. `began_with` is the
+    first budget of such a run: what it chose by stays chosen when the budget is raised.
     """
     from evomerge.evaluate import pick_device
 
@@ -166,16 +175,82 @@ def prepare(experiment: Experiment, shape: PlanShape | None = None, allow: Allow
     manifest = pool.manifest()
     dtype = pool.stored_dtype if experiment.models.dtype == "auto" else experiment.models.dtype
     spaces = bind_spaces(experiment, manifest, dtype)
+    budget = began_with or experiment.search.budget
+    allowance = Allowance.of(budget, experiment.stages, item_sets(plans)["search"].count)
+    experiment, picked = with_algorithms(experiment, spaces, allowance)
+    if began_with is None:
+        check_populations(experiment, spaces, allowance)
     folders = {n: c.path for n, c in pool.checkpoints.items()}
-    prepared = Prepared(experiment, manifest, dtype, plans, spaces, device, tuple(pool.notes()), folders)
+    prepared = Prepared(experiment, manifest, dtype, plans, spaces, device, (*picked, *pool.notes()), folders)
     prepared.given_recipes()
     return prepared
 
 
+def with_algorithms(
+    experiment: Experiment, spaces: Sequence[SearchSpace], allowance: Allowance
+) -> tuple[Experiment, list[str]]:
+    """The experiment with `auto` replaced by what it picks, stage by stage, and a line for each that says why.
+
+    Settings of `search` stay as they are given. Those of a stage, which library spaces have for one algorithm, are
+    left out where they are another one's, and the line says so. Raises UserError for other settings that the picked
+    algorithm does not have.
+    """
+    search, picked = experiment.search, []
+    stages = list(experiment.stages)
+    for n, (stage, space) in enumerate(zip(experiment.stages, spaces, strict=True)):
+        if not experiment.is_auto(stage):
+            continue
+        choice = choose(
+            Problem(space.axes, len(fitness_of(experiment).goals), allowance.of_stage(n), search.lag is not None)
+        )
+        others = frozenset[str]().union(*map(settings_of, ALGORITHMS)) - settings_of(choice.algorithm)
+        own = {k: v for k, v in stage.settings.items() if k not in others}
+        settings = {**choice.settings, **search.settings, **own}
+        stages[n] = stage.model_copy(update={"algorithm": choice.algorithm, "settings": settings})
+        left_out = "".join(f"; {k} of the stage is left out" for k in stage.settings if k not in own)
+        picked.append(f"{_stage(n, stages)}auto picked {choice.why}{left_out}")
+        try:
+            experiment.algorithm_of(stages[n])
+        except UserError as e:
+            raise UserError(f"{e}; {picked[-1]}; drop the setting, or name an algorithm") from None
+    if not picked:
+        return experiment, []
+    if not isinstance(experiment.search_space, StagedSpec):
+        update = {"algorithm": stages[0].algorithm, **stages[0].settings}
+        return experiment.model_copy(update={"search": search.model_copy(update=update)}), picked
+    staged = experiment.search_space.model_copy(update={"stages": tuple(stages)})
+    if search.algorithm == AUTO:  # every stage names its own by now
+        search = search.model_copy(update={"algorithm": stages[-1].algorithm})
+    return experiment.model_copy(update={"search_space": staged, "search": search}), picked
+
+
+def check_populations(experiment: Experiment, spaces: Sequence[SearchSpace], allowance: Allowance) -> None:
+    """Raises UserError where an algorithm would not see the end of its first generation."""
+    for n, (stage, space) in enumerate(zip(experiment.stages, spaces, strict=True)):
+        name, options = experiment.algorithm_of(stage)
+        budget = allowance.of_stage(n)
+        population = getattr(options, "population", None)
+        if name == "cma-es" and population is None:
+            population = default_population(len(space.axes))
+        if budget is None or population is None or needs_of(name).steady or population <= budget:
+            continue
+        raise UserError(
+            f"search: {_stage(n, experiment.stages)}the population of {name}, {population}, is larger than the budget "
+            f"of {budget} candidates, so it would learn nothing; set a smaller population, raise the budget, or use "
+            "algorithm: auto"
+        )
+
+
+def _stage(n: int, stages: Sequence[Stage]) -> str:
+    return f"stage {n + 1}: " if len(stages) > 1 else ""
+
+
 def check_algorithms(experiment: Experiment) -> None:
-    """Raises UserError where an algorithm cannot have the number of objectives, or a lag."""
+    """Raises UserError where an algorithm cannot have the number of objectives, or a lag; `auto` picks one that can."""
     goals = [g.name for g in fitness_of(experiment).goals]
     for stage in experiment.stages:
+        if experiment.is_auto(stage):
+            continue
         name, _ = experiment.algorithm_of(stage)
         needs = needs_of(name)
         if experiment.search.lag is not None and not needs.steady:

@@ -57,7 +57,8 @@ def run(
         shape = PlanShape(**earlier.facts["plan_shape"]) if earlier else None
     except TypeError:
         raise UserError(f"{out / JOURNAL}: has no batch shape of this version") from None
-    prepared = prepare(experiment, shape, allow)
+    began_with = validated(Budget, earlier.budgets[0], f"{out / JOURNAL}: budget") if earlier else None
+    prepared = prepare(experiment, shape, allow, began_with)
     search(prepared, out, progress or Silent(), accept_drift=accept_drift, interrupted=interrupted)
     return History.read(out)
 

@@ -140,3 +140,16 @@ def test_on_the_command_line(run_copy: Path, capsys: pytest.CaptureFixture[str])
     assert main(["resume", str(run_copy), "--set", "search.budget.evaluations=13"]) == 2
     assert "it can only be raised" in capsys.readouterr().err
     assert History.read(run_copy).looks == 2
+
+
+def test_auto_does_not_choose_again(experiment_with: With, tmp_path: Path) -> None:
+    """The same file with a larger budget, or a resume, goes on with what was picked for the first one."""
+    search = {"algorithm": "auto", "seed": 3, "finalists": 2, "budget": {"evaluations": 8}}
+    run(experiment_with(search=search), tmp_path / "run")
+    first = load_resolved(tmp_path / "run").search
+    history = run(experiment_with(search=search | {"budget": {"evaluations": 18}}), tmp_path / "run")
+
+    assert (first.algorithm, first.settings) == ("random", {"population": 8})
+    assert load_resolved(tmp_path / "run").search.model_copy(update={"budget": first.budget}) == first
+    assert sum(e.role == "search" for e in history.entries.values()) == 18
+    assert main(["resume", str(tmp_path / "run"), "--set", "search.budget.evaluations=20"]) == 0

@@ -33,7 +33,7 @@ LEVELS = tuple(
     workers.inline workers.fake workers.units
     search.optuna_study search.recipes
     search.cmaes search.random_search search.ga search.greedy_soup search.frank_wolfe search.nsga2 search.tpe search.gp
-    search.nsga3
+    search.nsga3 search.auto
     workers.local workers.ray workers.child score.multiple_choice score.perplexity score.weights evaluate
     score.generation score.function score.lm_eval
     search layer_swap fitness
@@ -42,8 +42,8 @@ LEVELS = tuple(
     prepare
     progress history standalone check inspect_pool
     session warm export.mergekit export.record report.results report.status
-    run export.card export.push report.compare report.front report.page report.pool_page
-    export.hf
+    run export.card export.push report.compare report.front report.pool_page
+    export.hf report.page
     export.verify
     export.write
     api

@@ -89,3 +89,17 @@ def test_hypervolume_counts_cells(losses: np.ndarray) -> None:
     dominated = (losses[None] <= cells[:, None]).all(axis=2).any(axis=1)
 
     assert hypervolume(losses, reference) == pytest.approx(float(dominated.sum()))
+
+
+@pytest.mark.parametrize("objectives", [2, 3, 4])
+def test_hypervolume_agrees_with_pymoo(objectives: int) -> None:
+    """Random vectors, many of them dominated, equal or beyond the reference: the volume is pymoo's."""
+    from pymoo.indicators.hv import HV
+
+    rng = np.random.default_rng(objectives)
+    for n in (1, 5, 40):
+        losses = np.round(rng.random((n, objectives)) * 1.2, 2)
+        losses[-1] = losses[0]
+        reference = np.ones(objectives)
+
+        assert hypervolume(losses, reference) == pytest.approx(HV(ref_point=reference)(losses), abs=1e-12)

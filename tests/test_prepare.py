@@ -114,6 +114,78 @@ def test_stages_must_be_able_to_follow(experiment_with: With, fine: dict[str, An
     assert len(prepare(experiment_with(**stages(WIDE, {"groups": "layers", **WIDE}))).spaces) == 2
 
 
+TWO = {"fitness.objectives": [{"name": "sums", "tasks": ["sums"]}, {"name": "words", "tasks": ["words"]}]}
+
+
+def searching(algorithm: str, evaluations: int, **settings: Any) -> dict[str, Any]:
+    return {"search": {"algorithm": algorithm, "seed": 3, "budget": {"evaluations": evaluations}, **settings}}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (searching("cma-es", 40) | TWO, r"cma-es minimises one loss, .* 2 objectives \(sums, words\); use .*nsga-ii"),
+        (searching("nsga-ii", 40), "nsga-ii is for several objectives, the fitness has one; use cma-es or"),
+        (searching("nsga-ii", 30) | TWO, "the population of nsga-ii, 40, is larger than the budget of 30 candidates"),
+        (searching("cma-es", 12, population=13), "the population of cma-es, 13, is larger .* use algorithm: auto"),
+        (searching("cma-es", 5), "the population of cma-es, 6, is larger than the budget of 5"),
+        (searching("ga", 12), "set a smaller population, raise the budget"),
+        (
+            searching("cma-es", 20, population=12) | stages(WIDE, {"groups": "layers", **WIDE}),
+            "stage 1: the population of cma-es, 12, is larger than the budget of 10",
+        ),
+        (searching("auto", 40, sigma=0.2), "gp has no setting 'sigma'.*auto picked gp.*drop the setting"),
+        (searching("auto", 10, population=11, lag=2, sigma=0.2), "tpe has no setting 'sigma'"),
+    ],
+)
+def test_algorithms_that_do_not_fit(experiment_with: With, overrides: dict[str, Any], words: str) -> None:
+    """Objectives, populations and settings that the search cannot have: one line with the way out."""
+    with pytest.raises(UserError, match=words) as caught:
+        prepare(experiment_with(**overrides))
+    assert "\n" not in str(caught.value)
+
+
+def test_auto_is_written_out(experiment_with: With) -> None:
+    """What it picks stands in the experiment and in the identity, as if it had been named; a line says why."""
+    prepared = prepare(experiment_with(**searching("auto", 40)))
+    named = experiment_with(**searching("gp", 40, population=2, startup=10))
+
+    assert prepared.experiment.search.algorithm == "gp"
+    assert prepared.experiment.search.settings == {"population": 2, "startup": 10}
+    assert prepared.experiment_id == prepare(named).experiment_id
+    assert prepared.notes[0].startswith("auto picked gp (population 2, startup 10) for 2 axes, one objective, 40 cand")
+    assert "auto" not in prepared.experiment.to_yaml()
+
+
+def test_auto_of_stages(experiment_with: With) -> None:
+    """Each stage has its own choice by its own share; one that names its algorithm keeps it."""
+    space = stages(WIDE, {"groups": "layers", **WIDE}, {"groups": "layer-modules", **WIDE})
+    space["search_space"]["stages"][1]["algorithm"] = "tpe"
+    for stage, sigma in ((0, 0.2), (2, 0.1)):
+        space["search_space"]["stages"][stage]["settings"] = {"sigma": sigma}
+    prepared = prepare(experiment_with(**searching("auto", 600), **space))
+
+    names = [prepared.experiment.algorithm_of(s)[0] for s in prepared.stages]
+    assert names == ["cma-es", "tpe", "cma-es"]
+    assert [n.partition(":")[0] for n in prepared.notes[:2]] == ["stage 1", "stage 3"]
+    assert "auto" not in prepared.experiment.to_yaml()
+    small = prepare(experiment_with(**searching("auto", 60), **space))
+    assert small.experiment.algorithm_of(small.stages[0])[0] == "gp"
+    assert small.notes[0].endswith("; sigma of the stage is left out")
+
+
+def test_auto_stays_with_the_first_budget(experiment_with: With) -> None:
+    """A raised budget of a run that began does not choose again, and a population that began is not refused."""
+    began = prepare(experiment_with(**searching("auto", 40)))
+    budget = began.experiment.search.budget
+    raised = experiment_with(**searching("auto", 400))
+
+    assert prepare(raised).experiment.search.algorithm == "cma-es"
+    assert prepare(raised, began_with=budget).experiment_id == began.experiment_id
+    small = experiment_with(**searching("cma-es", 5))
+    assert prepare(small, began_with=small.search.budget).experiment.search.algorithm == "cma-es"
+
+
 def test_devices_that_are_not_there(monkeypatch: pytest.MonkeyPatch, experiment_with: With) -> None:
     """A CUDA device is asked for by name and refused where there is none of that number."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -74,7 +74,7 @@ def test_another_name_for_the_same_expert(
     models = load(small_experiment).models
     renamed = {"models.experts": {"uno": models.experts["one"], "two": models.experts["two"]}}
     given = finalists_of(finished_run, experiment_with(**renamed))
-    change = {**renamed, "search.warm_start": given, "search.budget": {"evaluations": 1}}
+    change = {**renamed, "search.warm_start": given, "search.algorithm": "random", "search.budget": {"evaluations": 1}}
     history = run(experiment_with(**change), tmp_path / "out")
     used = {s for e in history.entries.values() if e.role == "given" for s in history.recipe(e.id).sources}
 

@@ -135,6 +135,7 @@ class Point:
 KINDS: Mapping[str, tuple[str, str, float, float]] = {
     "candidate": ("#56B4E9", "circle", 6, 0.55),
     "finalist": ("#0072B2", "circle-open", 9, 1.0),
+    "front": ("#0072B2", "circle", 9, 1.0),
     "probe": ("#009E73", "diamond", 8, 0.9),
     "stage's mean": ("#E69F00", "square", 8, 0.9),
     "given": ("#CC79A7", "triangle-up", 9, 0.9),
@@ -144,32 +145,104 @@ KINDS: Mapping[str, tuple[str, str, float, float]] = {
 """Colour, symbol, size and opacity by kind of point, in the order of drawing."""
 
 
-def progress(points: Sequence[Point], best: Sequence[tuple[int, float]], stages: Sequence[tuple[int, str]]) -> Figure:
-    """Losses by candidate: `best` are the improvements (id, loss) of the best so far, `stages` where each begins."""
-    ok = [p for p in points if math.isfinite(p.loss)]
-    failed = [p for p in points if not math.isfinite(p.loss)]
+def _marks(
+    name: str, points: Sequence[Point], x: Sequence[float], y: Sequence[float], marker: Figure, **more: Any
+) -> Figure:
+    """Candidates as marks that a click opens."""
     lines = max((len(p.hover) for p in points), default=0)
     # Hovers come from the run, so their lines are data, and the breaks between them are the template's.
     template = "<b>candidate %{customdata[0]}</b>" + "".join(f"<br>%{{customdata[{i + 1}]}}" for i in range(lines))
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "name": name,
+        "x": list(x),
+        "y": list(y),
+        "customdata": [[p.id, *p.hover, *[""] * (lines - len(p.hover))] for p in points],
+        "hovertemplate": template + "<extra></extra>",
+        "marker": marker,
+        **more,
+    }
 
-    def trace(name: str, some: Sequence[Point], marker: Figure, **more: Any) -> Figure:
-        return {
-            "type": "scatter",
-            "mode": "markers",
-            "name": name,
-            "x": [p.id for p in some],
-            "y": [p.loss for p in some],
-            "customdata": [[p.id, *p.hover, *[""] * (lines - len(p.hover))] for p in some],
-            "hovertemplate": template + "<extra></extra>",
-            "marker": marker,
-            **more,
-        }
 
-    data: list[Figure] = []
+def _by_kind(points: Sequence[Point]) -> list[tuple[str, list[Point], Figure]]:
+    """Kind, its points and their marker, for the kinds that there are, in the order of drawing."""
+    out = []
     for kind, (colour, symbol, size, opacity) in KINDS.items():
-        some = [p for p in ok if p.kind == kind]
-        if some:
-            data.append(trace(kind, some, {"color": colour, "symbol": symbol, "size": size, "opacity": opacity}))
+        if some := [p for p in points if p.kind == kind]:
+            out.append((kind, some, {"color": colour, "symbol": symbol, "size": size, "opacity": opacity}))
+    return out
+
+
+def front(
+    points: Sequence[Point], at: Mapping[int, tuple[float, float]], titles: tuple[str, str], line: Sequence[int] = ()
+) -> Figure:
+    """Candidates by two of their losses, `at` by number; `line` are the members of a front between which to step."""
+    data = [
+        _marks(k, some, [at[p.id][0] for p in some], [at[p.id][1] for p in some], m) for k, some, m in _by_kind(points)
+    ]
+    if line:
+        ordered = sorted(at[i] for i in line)
+        data.insert(
+            0,
+            {
+                "type": "scatter",
+                "mode": "lines",
+                "name": "dominated beyond",
+                "x": [x for x, _ in ordered],
+                "y": [y for _, y in ordered],
+                "line": {"color": GREY, "width": 1, "dash": "dot", "shape": "hv"},
+                "hoverinfo": "skip",
+            },
+        )
+    return {
+        "data": data,
+        "layout": {
+            "height": 440,
+            "xaxis": {"title": {"text": titles[0]}, "zeroline": False},
+            "yaxis": {"title": {"text": titles[1]}, "zeroline": False},
+            "showlegend": True,
+            "margin": {"t": 40},
+        },
+    }
+
+
+def hypervolume(curve: Sequence[tuple[int, float]]) -> Figure:
+    """The share of the box that the front so far dominates, by how many candidates were scored."""
+    return {
+        "data": [
+            {
+                "type": "scatter",
+                "mode": "lines+markers",
+                "x": [n for n, _ in curve],
+                "y": [v for _, v in curve],
+                "line": {"color": "#0072B2", "width": 2},
+                "marker": {"size": 5},
+                "hovertemplate": "after %{x} candidates: %{y:.4f}<extra></extra>",
+            }
+        ],
+        "layout": {
+            "height": 300,
+            "xaxis": {"title": {"text": "candidates scored"}, "zeroline": False},
+            "yaxis": {"title": {"text": "hypervolume on the search split"}, "rangemode": "tozero"},
+            "showlegend": False,
+        },
+    }
+
+
+LOSS = "loss on the search split"
+
+
+def progress(
+    points: Sequence[Point],
+    best: Sequence[tuple[int, float]],
+    stages: Sequence[tuple[int, str]],
+    title: str = LOSS,
+) -> Figure:
+    """Losses by candidate: `best` are the improvements (id, loss) of the best so far, `stages` where each begins."""
+    ok = [p for p in points if math.isfinite(p.loss)]
+    failed = [p for p in points if not math.isfinite(p.loss)]
+    data = [_marks(k, some, [p.id for p in some], [p.loss for p in some], m) for k, some, m in _by_kind(ok)]
     if best:
         last = max(p.id for p in points)
         data.insert(
@@ -186,12 +259,12 @@ def progress(points: Sequence[Point], best: Sequence[tuple[int, float]], stages:
         )
     if failed:
         marker = {"color": "#B2182B", "symbol": "x", "size": 8}
-        data.append(trace("failed", failed, marker, y=[0] * len(failed), yaxis="y2"))
+        data.append(_marks("failed", failed, [p.id for p in failed], [0] * len(failed), marker, yaxis="y2"))
     layout: Figure = {
         "height": 460,
         "xaxis": {"title": {"text": "candidate, in the order they were asked"}, "zeroline": False},
         "yaxis": {
-            "title": {"text": "loss on the search split (lower is better)"},
+            "title": {"text": f"{title} (lower is better)"},
             "range": loss_range(ok),
             "zeroline": False,
             "domain": [0, 0.92 if failed else 1],
@@ -323,7 +396,9 @@ def by_split(
     }
 
 
-def ancestry(nodes: Sequence[tuple[int, float]], edges: Sequence[tuple[int, int]], winner: int) -> Figure:
+def ancestry(
+    nodes: Sequence[tuple[int, float]], edges: Sequence[tuple[int, int]], winner: int, title: str = LOSS
+) -> Figure:
     """A candidate's ancestors by number and loss, with a line from every parent to its child."""
     at = dict(nodes)
     edges = [(a, b) for a, b in edges if a in at and b in at]
@@ -350,7 +425,7 @@ def ancestry(nodes: Sequence[tuple[int, float]], edges: Sequence[tuple[int, int]
         "layout": {
             "height": 340,
             "xaxis": {"title": {"text": "candidate"}, "zeroline": False},
-            "yaxis": {"title": {"text": "loss on the search split"}, "zeroline": False},
+            "yaxis": {"title": {"text": title}, "zeroline": False},
             "showlegend": False,
         },
     }

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
-from itertools import groupby
+from itertools import combinations, groupby
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,12 @@ import numpy as np
 from evomerge.errors import UserError
 from evomerge.files import replace_file
 from evomerge.history import Entry, History
+from evomerge.pareto import Losses
 from evomerge.proposal import Scores
 from evomerge.recipe import Recipe
 from evomerge.report import figures, html
 from evomerge.report.coefficients import coefficient_maps
+from evomerge.report.front import front, progress
 from evomerge.report.results import MEAN, Comparison, Results, Score, cells, p_text, results
 from evomerge.report.status import candidate, candidate_text, status_of
 from evomerge.rundir import EXPERIMENT, TELEMETRY, read_telemetry
@@ -41,6 +43,8 @@ MAX_RECIPES = 400
 MAX_ANCESTORS = 300
 MAX_TEXT = 200_000
 """Characters of a recipe's or experiment's YAML."""
+MAX_PAIRS = 10
+"""Pictures of two objectives each: those of five."""
 HOVERED_TASKS = 6
 
 
@@ -58,12 +62,14 @@ def run_page(history: History) -> str:
     split = next((s for s in ("report", "select", "search") if results(history, s).table), "search")
     r = results(history, split)
     chosen = history.winner_id if history.winner_id is not None else state["best"]
-    losses: dict[str, dict[int, float]] = {s: {} for s in SPLITS}
-    for row in history.evaluations:
-        losses[row["split"]][row["id"]] = history.loss(history.entry(row["id"]), row["split"])
+    losses: dict[str, dict[int, Losses]] = {s: {} for s in SPLITS}
+    for e in history.entries.values():
+        for s in e.results:
+            losses[s][e.id] = history.losses(e, s)
     sections = [
         html.section("", *_opening(history, r, state)),
         html.section("Scores", *_scores(history, r, split, chosen)),
+        *([html.section("Front", *_front(history, losses["select"]))] if len(history.goals) > 1 else []),
         html.section("Progress", *_progress(history, losses["search"], losses["select"], chosen)),
         html.section("Coefficients", *_coefficients(history, chosen)),
         html.section("Search, select, report", *_by_split(history)),
@@ -108,11 +114,15 @@ def verdict(history: History, r: Results, state: Mapping[str, Any]) -> str:
     """One sentence: the winner against the best baseline, or how far the run is."""
     if r.winner is None:
         best = "" if state["best"] is None else f"; best so far is candidate {state['best']}"
+        if state["front"] is not None:
+            best = f", {state['front']:,} of them and the baselines on the front so far"
         left = "" if state["seconds_left"] is None else f", about {_clock(state['seconds_left'])} to go"
         return (
             f"This run is not finished ({state['phase']}): {state['scored']:,} candidates are scored{left}{best}. "
             "There is no winner yet, and scores on the search split flatter what the search chose."
         )
+    if len(history.goals) > 1:
+        return _front_verdict(history)
     entry = history.entry(r.winner)
     if entry.role == "baseline":
         return f"The search found nothing better than {entry.name!r}, which was there before."
@@ -138,6 +148,33 @@ def verdict(history: History, r: Results, state: Mapping[str, Any]) -> str:
         f"{_number(means[best].score)} on the {c.split} split, a difference of {c.difference:+.3f} "
         f"(95% interval {c.low:+.3f} to {c.high:+.3f}, {p_text(c.p)})."
     )
+
+
+def _front_verdict(history: History) -> str:
+    """With several objectives: how large the front is, and what it leaves behind."""
+    members, baselines = history.front, history.baselines
+    at = {e.id: history.losses(e, "select") for e in (*baselines.values(), *map(history.entry, members))}
+    beaten = [n for n, b in baselines.items() if any(_dominates(at[i], at[b.id]) for i in members)]
+    kept = [n for n, b in baselines.items() if b.id in members]
+    found = len(members) - len(kept)
+    goals = _listed([repr(g) for g in history.goals])
+    parts = [
+        f"The front on the select split has {len(members)} {'member' if len(members) == 1 else 'members'}, of which "
+        f"the search found {found}: candidates that no other finalist matches on all of {goals} "
+        "and beats on one."
+    ]
+    if kept:
+        parts.append(f"{_listed(kept)} {'was' if len(kept) == 1 else 'were'} there before.")
+    if beaten:
+        parts.append(f"It dominates {_listed(beaten)}.")
+    first = history.entry(members[0])
+    name = repr(first.name) if first.role == "baseline" else f"candidate {first.id}"
+    parts.append(f"Nearest to the ideal point lies {name}, which the tables call the winner.")
+    return " ".join(parts)
+
+
+def _dominates(a: Losses, b: Losses) -> bool:
+    return bool((a <= b).all() and (a < b).any())
 
 
 def _cautions(history: History, state: Mapping[str, Any]) -> list[str]:
@@ -256,27 +293,90 @@ def _clock(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {s:02d} s" if minutes else f"{s} s"
 
 
+# -- several objectives ---------------------------------------------------------------------------------------
+
+
+def _front(history: History, select: Mapping[int, Losses]) -> list[str]:
+    """Finalists by their losses on the select split, the members' scores, and how the front grew."""
+    parts: list[str] = []
+    if history.front:
+        ok = [history.entries[i] for i, x in sorted(select.items()) if np.isfinite(x).all()]
+        points = [figures.Point(e.id, _kind(history, e), 0.0, _hover(history, e, "select")) for e in ok]
+        pairs = list(combinations(range(len(history.goals)), 2))
+        parts.append(
+            html.note("All that was scored on the select split, by losses there: lower and further left is better.")
+        )
+        for a, b in pairs[:MAX_PAIRS]:
+            at = {e.id: (float(select[e.id][a]), float(select[e.id][b])) for e in ok}
+            titles = (f"loss of {history.goals[a]}", f"loss of {history.goals[b]}")
+            line = history.front if len(history.goals) == 2 else ()
+            parts.append(html.figure(figures.front(points, at, titles, line), details="candidates"))
+        if len(pairs) > MAX_PAIRS:
+            parts.append(html.note(f"Shown are {MAX_PAIRS} of {len(pairs)} pairs of objectives."))
+        parts += _members(history)
+    else:
+        parts.append(html.text("The front is chosen on the select split when the run ends."))
+    if curve := progress(history):
+        parts += [
+            html.subheading("How the front grew"),
+            html.figure(figures.hypervolume(curve)),
+            html.note(
+                "The share of a box that the front so far dominates, on the search split: from the worst baseline's "
+                "loss of every objective to the best of any candidate."
+            ),
+        ]
+    return parts
+
+
+def _members(history: History) -> list[str]:
+    """The front's members in the order of the first objective, with scores on the report split."""
+    data = front(history)
+    tasks = [t.name for t in history.experiment.tasks]
+    rows = []
+    for m in data["members"]:
+        entry = history.entry(m["id"])
+        scores = m["scores"].get("report", m["scores"]["select"])
+        cell = [f"{_number(s['score'])} [{s['low']:.2f}, {s['high']:.2f}]" for s in (scores[t] for t in tasks)]
+        name = f"{m['id']} {entry.name}".strip() + (", the winner" if m["winner"] else "")
+        rows.append([name, *(_number(x) for x in m["losses"].values()), *cell])
+    titles = [f"loss of {g}" for g in data["objectives"]]
+    return [
+        html.subheading("Members of the front"),
+        html.table(["candidate", *titles, *tasks], rows),
+        html.note("Losses on the select split, scores with 95% intervals on the report split where they are there."),
+    ]
+
+
 # -- progress -------------------------------------------------------------------------------------------------
 
 
 def _progress(
-    history: History, losses: Mapping[int, float], select: Mapping[int, float], chosen: int | None
+    history: History, losses: Mapping[int, Losses], select: Mapping[int, Losses], chosen: int | None
 ) -> list[str]:
     """Losses on the search split by candidate, +inf where it failed; those not scored there yet are missing."""
     scored = [history.entries[i] for i in sorted(losses)]
     if not scored:
         return [html.text("No candidate is scored yet.")]
-    improvements = _improvements(scored, losses)
-    shown = _selection(history, scored, {i for i, _ in improvements})
+    improvements = [_improvements(scored, losses, j) for j in range(len(history.goals))]
+    shown = _selection(history, scored, {i for own in improvements for i, _ in own})
     kinds = {e.id: _kind(history, e) for e in shown}
-    points = [figures.Point(e.id, kinds[e.id], losses[e.id], _hover(history, e)) for e in shown]
+    hovers = {e.id: _hover(history, e, "search") for e in shown}
     stages = [(next(stage).id, f"stage {n}") for n, stage in groupby(_searched(scored), key=lambda e: e.stage)]
-    figure = figures.progress(points, improvements, stages if len(history.experiment.stages) > 1 else [])
-    parts = [html.figure(figure, details="candidates"), _details(history, shown, losses, select, chosen)]
-    notes = []
-    _, top = figure["layout"]["yaxis"]["range"] or (0.0, math.inf)
-    if above := sum(top < p.loss < math.inf for p in points):
-        notes.append(f"{above:,} of the shown candidates lie above the view; a double click shows them.")
+    parts, notes = [], []
+    for j, title in enumerate(_loss_titles(history)):
+        points = [figures.Point(e.id, kinds[e.id], float(losses[e.id][j]), hovers[e.id]) for e in shown]
+        figure = figures.progress(
+            points,
+            improvements[j],
+            stages if len(history.experiment.stages) > 1 else [],
+            f"{title} on the search split",
+        )
+        parts.append(html.figure(figure, details="candidates"))
+        _, top = figure["layout"]["yaxis"]["range"] or (0.0, math.inf)
+        if above := sum(top < p.loss < math.inf for p in points):
+            of = f" of the {title}" if len(history.goals) > 1 else ""
+            notes.append(f"{above:,} of the shown candidates lie above the view{of}; a double click shows them.")
+    parts.append(_details(history, shown, losses, select, chosen))
     if len(shown) < len(scored):
         notes.append(f"Shown are {len(shown):,} of {len(scored):,} candidates: all improvements, the others evenly.")
     return [*parts, html.note(" ".join(notes))] if notes else parts
@@ -286,12 +386,18 @@ def _searched(scored: Iterable[Entry]) -> Iterable[Entry]:
     return (e for e in scored if e.role in ("search", "mean"))
 
 
-def _improvements(scored: Iterable[Entry], losses: Mapping[int, float]) -> list[tuple[int, float]]:
-    """(id, loss) of each candidate of the search that was better than all before."""
+def _loss_titles(history: History) -> list[str]:
+    """What the losses are called, in their order."""
+    return ["loss"] if len(history.goals) == 1 else [f"loss of {g}" for g in history.goals]
+
+
+def _improvements(scored: Iterable[Entry], losses: Mapping[int, Losses], goal: int) -> list[tuple[int, float]]:
+    """(id, loss) of each candidate of the search that was better than all before, by one objective."""
     out: list[tuple[int, float]] = []
     for e in scored:
-        if e.role != "baseline" and losses[e.id] < (out[-1][1] if out else math.inf):
-            out.append((e.id, losses[e.id]))
+        loss = float(losses[e.id][goal])
+        if e.role != "baseline" and loss < (out[-1][1] if out else math.inf):
+            out.append((e.id, loss))
     return out
 
 
@@ -314,6 +420,8 @@ def _kind(history: History, e: Entry) -> str:
         return "winner"
     if e.role in ("baseline", "given"):
         return e.role
+    if len(history.goals) > 1 and e.id in history.front:
+        return "front"
     if e.role == "mean":
         return "stage's mean"
     if e.name == "probe":
@@ -321,10 +429,10 @@ def _kind(history: History, e: Entry) -> str:
     return "finalist" if "select" in e.results else "candidate"
 
 
-def _hover(history: History, e: Entry) -> list[str]:
+def _hover(history: History, e: Entry, split: str) -> list[str]:
     what = " ".join(x for x in (e.role, e.name) if x)
     at = f", stage {e.stage}, generation {e.group}" if e.stage >= 0 else ""
-    result = e.results["search"]
+    result = e.results[split]
     if result.scores is None:
         return [what + at, f"{result.status} {result.reason[:80]}".strip()]
     means = _means(history, result.scores)
@@ -342,12 +450,14 @@ def _means(history: History, scores: Scores) -> dict[str, float]:
 def _details(
     history: History,
     shown: Sequence[Entry],
-    losses: Mapping[int, float],
-    select: Mapping[int, float],
+    losses: Mapping[int, Losses],
+    select: Mapping[int, Losses],
     chosen: int | None,
 ) -> str:
     tasks = [f"{t.name} {t.report_metric}, search" for t in history.experiment.tasks]
-    fields = ["what", "stage", "generation", "parents", "loss on search", "loss on select", "result", *tasks]
+    titles = [f"{t} on {split}" for split in ("search", "select") for t in _loss_titles(history)]
+    fields = ["what", "stage", "generation", "parents", *titles, "result", *tasks]
+    missing = [None] * len(history.goals)
     rows = {}
     for e in shown:
         result = e.results["search"]
@@ -357,8 +467,8 @@ def _details(
             e.stage if e.stage >= 0 else None,
             e.group if e.stage >= 0 else None,
             ", ".join(map(str, e.parents[:20])) or None,
-            _loss(losses.get(e.id)),
-            _loss(select.get(e.id)),
+            *map(_loss, losses[e.id]),
+            *map(_loss, select.get(e.id, missing)),
             None if result.ok else f"{result.status} {result.reason[:200]}",
             *means,
         ]
@@ -388,9 +498,9 @@ def _recipes(history: History, wanted: Sequence[Entry]) -> dict[int, Recipe]:
     return out
 
 
-def _first(shown: Sequence[Entry], losses: Mapping[int, float], chosen: int | None) -> list[Entry]:
+def _first(shown: Sequence[Entry], losses: Mapping[int, Losses], chosen: int | None) -> list[Entry]:
     """Candidates in the order in which their coefficients are worth their room: chosen, finalists, then by loss."""
-    return sorted(shown, key=lambda e: (e.id != chosen, "select" not in e.results, losses[e.id], e.id))
+    return sorted(shown, key=lambda e: (e.id != chosen, "select" not in e.results, float(losses[e.id].sum()), e.id))
 
 
 def _loss(x: float | None) -> str | None:
@@ -531,7 +641,7 @@ def _cost(history: History, state: Mapping[str, Any]) -> list[str]:
 # -- lineage --------------------------------------------------------------------------------------------------
 
 
-def _lineage(history: History, losses: Mapping[int, float], chosen: int | None) -> list[str]:
+def _lineage(history: History, losses: Mapping[int, Losses], chosen: int | None) -> list[str]:
     """The chosen candidate's ancestors, where the search says who the parents were."""
     if chosen is None or not history.entry(chosen).parents:
         return []
@@ -545,10 +655,11 @@ def _lineage(history: History, losses: Mapping[int, float], chosen: int | None) 
                 if parent not in seen:
                     seen.add(parent)
                     todo.append(parent)
-    nodes = [(i, losses[i]) for i in sorted(seen) if math.isfinite(losses.get(i, math.inf))]
+    title = f"{_loss_titles(history)[0]} on the search split"
+    nodes = [(i, float(losses[i][0])) for i in sorted(seen) if i in losses and np.isfinite(losses[i]).all()]
     parts = [
-        html.note(f"{_who(history, chosen)}, with {len(seen) - 1} ancestors, by their loss on the search split."),
-        html.figure(figures.ancestry(nodes, edges, chosen), details="candidates"),
+        html.note(f"{_who(history, chosen)}, with {len(seen) - 1} ancestors, by their {title}."),
+        html.figure(figures.ancestry(nodes, edges, chosen, title), details="candidates"),
     ]
     if todo:
         parts.append(html.note(f"Only the nearest {MAX_ANCESTORS} are shown."))
@@ -583,6 +694,10 @@ def _commands(history: History) -> list[str]:
             f"evomerge export {at} --to {name}   # the winner as a checkpoint",
             f"evomerge verify {name}   # rebuild it, compare tensors and scores",
         ]
+    if len(history.goals) > 1 and history.front:
+        commands.append(
+            f"evomerge front {at} --knee   # another member of the front, also by --prefer or --best --where"
+        )
     commands += [f"evomerge report {at}   # this page again, and the table", f"evomerge status {at}"]
     parts = [html.code("\n".join(commands))]
     if not history.path.is_absolute():

@@ -51,6 +51,11 @@ def needs_of(algorithm: str) -> Needs:
     return _class(algorithm).needs  # type: ignore[no-any-return]
 
 
+def settings_of(algorithm: str) -> frozenset[str]:
+    """Names of an algorithm's settings. Raises UserError for an unknown name."""
+    return frozenset(f.name for f in dataclasses.fields(_module(algorithm).Options))
+
+
 def make_options(algorithm: str, settings: Mapping[str, Any], beside: Iterable[str] = ()) -> Any:
     """The algorithm's options from the experiment's settings. Raises UserError for unknown or wrong ones.
 

@@ -34,6 +34,11 @@ LAST_BITS = 1e-6
 """Largest difference per gene that counts as the same genome on another host (as in the journal)."""
 
 
+def default_population(n: int) -> int:
+    """Candidates per generation for n axes: 4 + floor(3 ln n) (tutorial, eq. 48)."""
+    return 4 + int(3 * math.log(n))
+
+
 @dataclass(frozen=True)
 class Options:
     """Settings of the experiment file. Lengths are in units of the unit cube."""
@@ -41,7 +46,7 @@ class Options:
     sigma: float = 1 / 6
     """Initial standard deviation of every gene."""
     population: int | None = None
-    """Candidates per generation; default 4 + floor(3 ln n) (tutorial, eq. 48)."""
+    """Candidates per generation; default `default_population`."""
     restarts: int = 9
     """How often to restart with a doubled population once pycma has converged."""
 
@@ -74,7 +79,7 @@ class CmaEs:
         n = len(self._axes)
         if start.genome.shape != (n,):
             raise ValueError(f"the start has {start.genome.shape[0]} genes, the space {n} axes")
-        self._population = self._options.population or 4 + int(3 * math.log(n))
+        self._population = self._options.population or default_population(n)
         self._restarts = 0
         self._group = -1
         self._asked: list[Any] = []  # pycma's own vectors: it looks them up again by value

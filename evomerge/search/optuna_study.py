@@ -92,6 +92,10 @@ class Trials:
         if known is not None:
             self.study.enqueue_trial(self._params(known))
         trial = self.study.ask(self._distributions)
+        if known is not None:
+            # A trial with given parameters asks its sampler nothing, which would leave it outside of every generation:
+            # NSGA would drop the start and fill a second generation with uniform points.
+            _ = trial.relative_params
         genome = self._genome(trial.params)
         self._waiting[number] = (trial, genome)
         return Proposal(number, group, genome=genome)

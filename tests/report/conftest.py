@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import numpy as np
 import pytest
 
 from evomerge.canonical import encode_array
-from evomerge.config import Experiment
+from evomerge.config import Experiment, load
 from evomerge.history import Entry, History
-from evomerge.prepare import baselines, bind_spaces
+from evomerge.prepare import Prepared, baselines, bind_spaces
 from evomerge.proposal import Evaluation, frozen_genome
+from evomerge.run import run
+from evomerge.workers.fake import FakeEvaluator
 
 MakeHistory = Callable[..., History]
 
@@ -101,3 +104,15 @@ def made_history(manifest_of: Callable[..., Any], tmp_path: Path) -> MakeHistory
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def front_run(small_experiment: Path, tmp_path_factory: pytest.TempPathFactory) -> History:
+    """NSGA-II over made-up scores: many candidates, so that the front has several members."""
+    overrides = {
+        "fitness.objectives": [{"name": "first", "tasks": ["sums"]}, {"name": "second", "tasks": ["words"]}],
+        "search": {"algorithm": "nsga-ii", "budget": {"evaluations": 60}, "population": 12, "finalists": 12},
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Prepared, "evaluator", lambda _: partial(FakeEvaluator, metrics=("accuracy", "cross_entropy")))
+        return run(load(small_experiment, overrides), tmp_path_factory.mktemp("front") / "run")

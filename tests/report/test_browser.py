@@ -198,6 +198,31 @@ def test_lineage(browser: Browser, made_history: Callable[..., History]) -> None
     assert drawn[-1]["title"] == "Lineage"
 
 
+def test_several_objectives(browser: Browser, front_run: History, tmp_path: Path) -> None:
+    """The front is drawn; a click on a member opens it with its recipe and the command that exports it."""
+    drawn = checked(browser, write_page(front_run, tmp_path / "front.html"))
+
+    titles = [d["title"] for d in drawn]
+    assert titles.count("Front") == 2
+    assert titles.count("Progress") == 2
+    front = drawn[titles.index("Front")]
+    assert front["marks"] == sum("select" in e.results for e in front_run.entries.values())
+    assert front["lines"] == 1
+
+    browser.click(
+        "return [...document.querySelectorAll('.scatterlayer .trace')]"
+        ".find((t) => t.__data__[0].trace.name === 'front').querySelector('.point')"
+    )
+    panel = browser.until(
+        "return document.querySelector('.details h3') && document.querySelector('.details').innerText"
+    )
+    number = int(panel.split("\n")[0].removeprefix("Candidate "))
+    assert number in front_run.front
+    assert f"evomerge export {front_run.path} {number} --to candidate-{number}" in panel
+    assert "loss of second on select" in panel
+    assert browser.complaints() == []
+
+
 def test_many_tasks_layers_and_experts(browser: Browser, made_history: Callable[..., History]) -> None:
     """40 tasks, 32 layers of 3 modules, 8 experts, long names, weights and densities."""
     experts = tuple(f"an-expert-with-a-long-name-{i}" for i in range(8))

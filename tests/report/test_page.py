@@ -15,6 +15,7 @@ import pytest
 from evomerge.history import History
 from evomerge.proposal import Evaluation
 from evomerge.report.coefficients import coefficient_maps
+from evomerge.report.front import progress as front_progress
 from evomerge.report.page import MAX_POINTS, run_page, verdict, write_page
 from evomerge.report.results import Comparison, Results, Score, results
 from evomerge.report.status import status_of
@@ -344,3 +345,27 @@ def test_a_result_without_scores_is_no_score(finished: History) -> None:
     text = Page(run_page(replace(finished, entries=entries))).text
 
     assert "failed:oom" in text
+
+
+def test_several_objectives(front_run: History) -> None:
+    """The front by its losses on select, every objective's progress, the hypervolume, and a verdict on the front."""
+    page = Page(run_page(front_run))
+    scatter, growth = page.axis("loss of first"), page.axis("candidates scored")
+    progress = [
+        f for f in page.figures if "the order they were asked" in f["layout"]["xaxis"].get("title", {}).get("text", "")
+    ]
+    members = {i: tuple(front_run.losses(front_run.entry(i), "select")) for i in front_run.front}
+
+    marks = [t for t in scatter["data"] if t["mode"] == "markers"]
+    at = {c[0]: (x, y) for t in marks for c, x, y in zip(t["customdata"], t["x"], t["y"], strict=True)}
+    assert {i: at[i] for i in members} == members
+    assert set(at) == {e.id for e in front_run.entries.values() if "select" in e.results}
+    [step] = [t for t in scatter["data"] if t["mode"] == "lines"]
+    assert list(zip(step["x"], step["y"], strict=True)) == sorted(members.values())
+    assert list(zip(growth["data"][0]["x"], growth["data"][0]["y"], strict=True)) == front_progress(front_run)
+    assert len(progress) == 2
+    for j, figure in enumerate(progress):
+        assert points(figure) == {e.id: front_run.losses(e, "search")[j] for e in front_run.entries.values()}
+    said = verdict(front_run, results(front_run, "report"), status_of(front_run))
+    assert said.startswith(f"The front on the select split has {len(members)} members")
+    assert f"candidate {front_run.winner_id}, which the tables call the winner" in said
