@@ -210,7 +210,7 @@ class Options:
     per_side: bool = False
     """SLERP on each side of the split by itself, as the paper prints it; its code has one angle."""
     vectors: Literal["weights", "deltas"] = "weights"
-    """What SLERP turns: whole weights, with the base among the seeds, or differences from the base."""
+    """What SLERP turns: whole weights, or differences from the base; the base itself, of length 0, is mixed linearly."""
     groups: Literal["all", "module"] = "all"
     """One share and split point for all weights, or one for each kind of module."""
 
@@ -242,11 +242,11 @@ class Niches:
         self._waits = start.lag is None
         self._rng, self._ids = rng, ids
         self._sources = self._geometry.sources
-        base, n = self._sources.index(self._manifest.base), len(self._sources)
-        deltas = self._o.vectors == "deltas"
-        # The base has no direction where directions are differences from it.
-        self._seeds = [Mix((0,), np.eye(n)[[i]]) for i in range(n) if not (deltas and i == base)]
-        self._origin = np.eye(n)[base] if deltas else np.zeros(n)
+        n = len(self._sources)
+        self._seeds = [Mix((0,), np.eye(n)[[i]]) for i in range(n)]
+        self._origin = np.zeros(n)
+        if self._o.vectors == "deltas":
+            self._origin[self._sources.index(self._manifest.base)] = 1.0
         self._groups = groups_of(self._manifest, self._o.groups)
         self._archive: Archive[tuple[Mix, int]] = Archive(self._o.population, self._o.alpha)
         self._filling = min(FILL, max(self._o.population - len(self._seeds), 0))
@@ -292,7 +292,7 @@ class Niches:
         members = self._archive.members
         filling, self._filling = self._filling, max(self._filling - 1, 0)
         if filling or len(members) < 2:
-            pair = self._rng.choice(len(self._seeds), size=2, replace=len(self._seeds) < 2)
+            pair = self._rng.choice(len(self._seeds), size=2, replace=False)
             (a, i), (b, j) = ((self._seeds[k], self._seed_ids[k]) for k in pair)
         else:
             first, second = choose_parents(self._archive.scores, self._rng, self._o.alpha, attracted=self._o.attraction)
