@@ -17,6 +17,7 @@ from evomerge.export.hf import build_weights
 from evomerge.export.verify import open_recipe_pool, verify
 from evomerge.history import History
 from evomerge.report.coefficients import coefficient_maps
+from evomerge.report.page import _coefficients
 from evomerge.run import run
 from evomerge.warm import finalists_of
 
@@ -103,17 +104,22 @@ def test_a_member_leaves_as_a_model(whole: Path, experiment_with: With, tmp_path
     assert any("segments" in r for r in finalists_of(whole, experiment_with()))
 
 
-def test_the_page_shows_segments(whole: Path, tmp_path: Path) -> None:
-    """A winner of segments is shown by its mean weights over the blocks."""
+def test_the_page_shows_segments(whole: Path) -> None:
+    """The page is written; of segments it has the mean weights over the blocks."""
     history = History.read(whole)
-    assert history.winner.segments is not None
+    child = max(e.id for e in history.entries.values() if e.role == "search")
+    recipe = history.recipe(child)
+    assert recipe.segments is not None
     assert main(["report", str(whole)]) == 0
 
-    assert f"linear mixes of {len(history.winner.segments.cuts)} segments" in (whole / "report.html").read_text()
-    [weights] = coefficient_maps({0: history.winner}, history.manifest)
-    assert weights.rows == ("one", "two", "base")
-    shares = {n: w for *_, w in history.winner.segments.within(0, 1) for n, w in w.items()}
-    assert weights.values[0][0][0] == pytest.approx(shares.get("one", 0.0)), "the first block lies in one segment"
+    assert f"linear mixes of {len(recipe.segments.cuts)} segments" in "".join(_coefficients(history, child))
+    [weights] = coefficient_maps({child: recipe}, history.manifest)
+    means = dict.fromkeys(weights.rows, 0.0)
+    block = next(iter(history.manifest.blocks.values()))
+    for start, stop, parts in recipe.segments.within(block.start, block.stop):
+        for n, w in parts.items():
+            means[n] += w * (stop - start) / (block.stop - block.start)
+    assert [row[0] for row in weights.values[child]] == pytest.approx(list(means.values()))
 
 
 def test_what_has_no_items_is_refused(experiment_with: With, tmp_path: Path) -> None:
