@@ -210,7 +210,7 @@ class Options:
     per_side: bool = False
     """SLERP on each side of the split by itself, as the paper prints it; its code has one angle."""
     vectors: Literal["weights", "deltas"] = "weights"
-    """What SLERP turns: whole weights, or differences from the base; the base itself, of length 0, is mixed linearly."""
+    """What SLERP turns: whole weights or differences from the base; the base, then of length 0, is mixed linearly."""
     groups: Literal["all", "module"] = "all"
     """One share and split point for all weights, or one for each kind of module."""
 
