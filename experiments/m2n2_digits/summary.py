@@ -23,7 +23,7 @@ NAMES = {
     "no_split": "no split point",
     "no_crossover": "no crossover",
     "ga": "GA (alpha 0)",
-    "cma_es": "CMA-ES, diagonal",
+    "cma_es": "CMA-ES",
 }
 COLOURS = ("#1b6ca8", "#4aa564", "#e08e0b", "#8c6bb1", "#c0392b", "#555555")
 SETTINGS = {"scratch": "from scratch", "pretrained": "pre-trained"}
