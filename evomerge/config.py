@@ -49,7 +49,9 @@ class Stage(_Part):
     space: str | SpaceSpec
     share: float = Field(gt=0, le=1, description="of the budget")
     algorithm: str | None = None
-    settings: Mapping[str, float | int] = Field(default_factory=dict, description="override those of `search`")
+    settings: Mapping[str, bool | int | float | str] = Field(
+        default_factory=dict, description="override those of `search`"
+    )
 
 
 class StagedSpec(_Part):

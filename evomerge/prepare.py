@@ -22,6 +22,7 @@ from evomerge.schema import validated
 from evomerge.score.plan import Plan, PlanShape, Target, item_sets
 from evomerge.search import ALGORITHMS, needs_of, settings_of
 from evomerge.search.auto import AUTO, Problem, choose
+from evomerge.search.base import Column, Geometry
 from evomerge.search.cmaes import default_population
 from evomerge.space import RuleSpace, SearchSpace, SpaceSpec
 from evomerge.tasks import Task
@@ -94,6 +95,22 @@ class Prepared:
     def baselines(self) -> dict[str, Recipe]:
         """Name -> canonical recipe: the base, each expert alone, all experts in equal parts."""
         return baselines(self.manifest, self.dtype)
+
+    def geometry(self) -> Geometry:
+        """The sources' inner products, read from their files as they are asked for."""
+        from evomerge.merge.geometry import FlatGeometry
+
+        return FlatGeometry(open_pool(self.experiment), self.manifest)
+
+    def columns(self) -> tuple[Column, ...]:
+        """The per-item scores that make up the only objective."""
+        fitness = fitness_of(self.experiment)
+        [goal] = fitness.goals
+        columns = []
+        for task, share in fitness.weights_of(goal):
+            metric = goal.metric or task.metric
+            columns.append(Column(task.name, metric, task.directions[metric] == "higher", share))
+        return tuple(columns)
 
     def given_recipes(self) -> list[Recipe]:
         """The recipes of `search.warm_start`, canonical, in this run's dtype. Raises UserError."""
@@ -266,6 +283,14 @@ def check_algorithms(experiment: Experiment) -> None:
                 f"search: {name} is for several objectives, the fitness has one; "
                 f"use {' or '.join(able)}, or name several under fitness.objectives"
             )
+        if needs.per_item_scores:
+            for goal in fitness_of(experiment).goals:
+                for task, _ in fitness_of(experiment).weights_of(goal):
+                    if not task.benchmark:
+                        raise UserError(
+                            f"search: {name} compares models item by item, but task {task.name!r} scores a model as "
+                            "a whole; leave it out of the objective"
+                        )
 
 
 def load_items(tasks: Sequence[Task], allow: Allowed) -> dict[str, tuple[Item, ...]]:

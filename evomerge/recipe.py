@@ -11,12 +11,16 @@ Inert forms that the canonical form removes (each leaves the built weights the s
   4. the weight of the only source of a `slerp` rule: it becomes 1;
   5. `mask_seed` and `rescale` of a DARE rule whose densities are all 1: they become the defaults;
   6. sources that no rule mentions.
+Of `segments`: cuts between neighbours with equal weights, and sources of weight 0 everywhere; a cut in an alignment
+gap moves behind it; one source of weight 1 alone becomes its `linear` rule.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import bisect
+from collections.abc import Iterator, Mapping
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -143,11 +147,31 @@ class Route(_Part):
 
 
 class Segments(_Part):
-    """A piecewise linear mix over the flat layout (natural niches); cuts may fall inside tensors."""
+    """A piecewise constant linear mix over the flat layout (natural niches); cuts may fall inside tensors.
 
-    layout: str
-    cuts: tuple[int, ...]
-    weights: Mapping[str, tuple[float, ...]]
+    Elements from `cuts[i]` to the next cut are `sum_k weights[k][i] theta_k`, the base being one of the sources.
+    """
+
+    layout: str = Field(description="the manifest's layout: what a flat position means")
+    cuts: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1, description="rising flat positions from 0")
+    weights: Mapping[str, tuple[Annotated[float, Field(ge=-1e6, le=1e6)], ...]] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _aligned(self) -> Segments:
+        if self.cuts[0] != 0 or any(a >= b for a, b in pairwise(self.cuts)):
+            raise ValueError("cuts must begin with 0 and rise")
+        for name, column in self.weights.items():
+            if len(column) != len(self.cuts):
+                raise ValueError(f"source {name!r} has {len(column)} weights for {len(self.cuts)} segments")
+        return self
+
+    def within(self, start: int, stop: int) -> Iterator[tuple[int, int, dict[str, float]]]:
+        """(start, stop, source -> weight other than 0) of every part of the segments in this stretch of the layout."""
+        first = bisect.bisect_right(self.cuts, start) - 1
+        last = bisect.bisect_left(self.cuts, stop)
+        edges = [start, *self.cuts[first + 1 : last], stop]
+        for i, (a, b) in enumerate(pairwise(edges), first):
+            yield a, b, {n: column[i] for n, column in self.weights.items() if column[i] != 0.0}
 
 
 class Ensemble(_Part):
@@ -190,11 +214,11 @@ class Recipe(_Part):
             raise ValueError("merge, segments, ensemble and factor_mix exclude one another")
         if self.route is not None and (self.ensemble or self.factor_mix):
             raise ValueError("a route goes with merge or segments, not with ensemble or factor_mix")
-        if self.sources and self.merge is not None:
-            for rule in self.merge:
-                for name in rule.sources:
-                    if name not in self.sources:
-                        raise ValueError(f"unknown source {name!r}{nearest(name, self.sources)}")
+        if self.sources and (self.merge is not None or self.segments is not None):
+            mixed = [r.sources for r in self.merge or ()] if self.segments is None else [self.segments.weights]
+            for name in (n for sources in mixed for n in sources):
+                if name not in self.sources:
+                    raise ValueError(f"unknown source {name!r}{nearest(name, self.sources)}")
             if self.base not in self.sources:
                 raise ValueError(f"the base {self.base!r} is not among the sources{nearest(self.base, self.sources)}")
         return self
@@ -250,6 +274,8 @@ class Recipe(_Part):
                     f"source {name!r} should have sha256 {source.sha256[:12]}..., "
                     f"but the pool's has {manifest.hashes[name][:12]}...: not the same weights"
                 )
+        if self.segments is not None:
+            return self._with_segments(self.segments, manifest)
         for i, rule in enumerate(self.merge or ()):
             if rule.match != "all" and (reason := rule.match.beyond(manifest)) is not None:
                 raise UserError(f"merge rule {i + 1}: {reason}")
@@ -267,6 +293,48 @@ class Recipe(_Part):
                     chosen[block.name] = rule
                     break
         return self.assembled(chosen, manifest)
+
+    def _with_segments(self, s: Segments, manifest: Manifest) -> Recipe:
+        """The canonical recipe of segments."""
+        if s.layout != manifest.layout:
+            raise UserError(
+                f"segments: made for the layout {s.layout[:19]}..., but these models have {manifest.layout[:19]}...: "
+                "a cut would fall on other weights"
+            )
+        if s.cuts[-1] >= manifest.elements:
+            raise UserError(f"segments: the cut {s.cuts[-1]} is behind the last of {manifest.elements} elements")
+        for name in s.weights:
+            if name not in manifest.hashes:
+                raise UserError(f"segments: unknown source {name!r}{nearest(name, manifest.hashes)}")
+        names = sorted(s.weights)
+        starts = [t.offset for t in manifest.tensors]
+        rows: list[tuple[int, tuple[float, ...]]] = []
+        for i, cut in enumerate(s.cuts):
+            t = manifest.tensors[bisect.bisect_right(starts, cut) - 1]
+            if cut >= t.offset + t.size:
+                cut = starts[bisect.bisect_right(starts, cut)]
+            row = tuple(rounded(s.weights[n][i]) for n in names)
+            if rows and rows[-1][0] == cut:
+                rows.pop()
+            if not rows or rows[-1][1] != row:
+                rows.append((cut, row))
+        columns = {n: column for n, *column in zip(names, *(row for _, row in rows), strict=True) if any(column)}
+        if not all(any(row) for _, row in rows):
+            raise UserError("segments: all weights of a segment are 0, which builds no model")
+        if len(rows) == 1 and list(columns.values()) == [[1.0]]:
+            rule = Rule(match="all", method="linear", sources={n: {"weight": 1.0} for n in columns})
+            return self.model_copy(update={"segments": None, "merge": (rule,)})._canonical(manifest)
+        used = {self.base, *columns}
+        return self.model_copy(
+            update={
+                "segments": Segments.model_construct(
+                    layout=manifest.layout,
+                    cuts=tuple(cut for cut, _ in rows),
+                    weights={n: tuple(column) for n, column in columns.items()},
+                ),
+                "sources": {n: Source.model_construct(sha256=manifest.hashes[n]) for n in sorted(used)},
+            }
+        )
 
     def assembled(self, chosen: Mapping[str, Rule], manifest: Manifest) -> Recipe:
         """The canonical recipe in which block `b` is merged by `chosen[b]`; its match does not matter.
@@ -296,7 +364,12 @@ class Recipe(_Part):
 
     @cached_property
     def blocks(self) -> Mapping[str, Rule]:
-        """Block name -> its rule, of a canonical recipe. Blocks that are missing are the base's."""
+        """Block name -> its rule, of a canonical recipe. Blocks that are missing are the base's.
+
+        ValueError for segments, which know no blocks.
+        """
+        if self.segments is not None:
+            raise ValueError("a recipe of segments has no rules by block")
         if self.merge is None:
             raise ValueError("only a canonical recipe has one rule a block: call canonical(manifest) first")
         out = {}
@@ -309,10 +382,20 @@ class Recipe(_Part):
     @cached_property
     def id(self) -> str:
         """sha256 of the canonical JSON, 64 hex digits. ValueError on a recipe that is not canonical."""
-        blocks = {
-            name: [r.method, dict(r.params), {s: dict(c) for s, c in r.sources.items()}]
-            for name, r in self.blocks.items()
-        }
+        if self.segments is not None:
+            if any(n not in self.sources for n in (self.base, *self.segments.weights)):
+                raise ValueError("only a canonical recipe has an id: call canonical(manifest) first")
+            s = self.segments
+            what: Any = {
+                "segments": [s.layout, list(s.cuts), {n: list(column) for n, column in s.weights.items()}],
+            }
+        else:
+            what = {
+                "merge": {
+                    name: [r.method, dict(r.params), {s: dict(c) for s, c in r.sources.items()}]
+                    for name, r in self.blocks.items()
+                }
+            }
         return digest(
             {
                 "recipe": self.recipe,
@@ -320,13 +403,13 @@ class Recipe(_Part):
                 "dtype": self.dtype,
                 "sources": {n: s.sha256 for n, s in self.sources.items()},
                 "tokenizer": self.tokenizer.policy,
-                "merge": blocks,
+                **what,
             }
         )
 
     def unsupported(self) -> str | None:
         """Why this version cannot build the recipe, or None. The format is wider than what is built so far."""
-        for part in ("route", "segments", "ensemble", "factor_mix"):
+        for part in ("route", "ensemble", "factor_mix"):
             if getattr(self, part) is not None:
                 return f"recipes with {part!r} are not built by this version yet; use merge rules"
         if self.tokenizer.policy != "base":

@@ -29,7 +29,7 @@ from evomerge.proposal import Evaluation, Genome, Proposal, Result
 from evomerge.rundir import JOURNAL, Before, RunDirectory, before
 from evomerge.schema import validated
 from evomerge.score.plan import PlanShape
-from evomerge.search import make_optimizer
+from evomerge.search import make_optimizer, needs_of
 from evomerge.search.base import Start
 from evomerge.session import Candidate, Session
 from evomerge.tasks.base import NOTHING, Allowed
@@ -131,6 +131,7 @@ class StageRun:
         algorithm, options = experiment.algorithm_of(s.prepared.stages[n])
         rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([experiment.search.seed, n])))
         fitness = fitness_of(experiment)
+        needs = needs_of(algorithm)
         begin = Start(
             start,
             objectives=len(fitness.goals),
@@ -138,6 +139,9 @@ class StageRun:
             recall=s.journal.asked,
             manifest=s.prepared.manifest,
             dtype=s.prepared.dtype,
+            columns=s.prepared.columns() if needs.per_item_scores else (),
+            geometry=s.prepared.geometry() if needs.geometry else None,
+            lag=experiment.search.lag,
         )
         self.optimizer = make_optimizer(algorithm, space.axes, begin, rng, s.ids, options)
 
@@ -166,7 +170,8 @@ class StageRun:
                 evaluation = s.commit(candidate, items)
                 self.optimizer.tell(candidate.proposal, self._told(s.keep(candidate, evaluation)))
                 recent.append(evaluation if fresh else Evaluation("ok"))
-            stop_where_most_fail(recent, len(group) if lag is None else 2 * lag)
+            # A single candidate that fails says nothing about the run.
+            stop_where_most_fail(recent, max(len(group), 4) if lag is None else 2 * lag)
         means = [s.ask(p, stage=self.n, role="mean") for p in self.optimizer.recommend(1)]
         for candidate, evaluation in s.score(means, items):
             s.keep(candidate, evaluation)

@@ -38,11 +38,14 @@ def finalists_of(path: Path, experiment: Experiment) -> list[dict[str, Any]]:
                     f"{path}: its source {name!r} is not in the new pool; a warm start needs all old sources"
                 )
             renamed[name] = name_of[source.sha256]
-        rules = [
-            r.model_copy(update={"sources": {renamed[s]: c for s, c in r.sources.items()}})
-            for r in recipe.blocks.values()
-        ]
         sources = {renamed[n]: s for n, s in recipe.sources.items()}
-        update = {"base": renamed[recipe.base], "sources": sources, "merge": tuple(rules)}
+        update: dict[str, Any] = {"base": renamed[recipe.base], "sources": sources}
+        if (s := recipe.segments) is not None:
+            update["segments"] = s.model_copy(update={"weights": {renamed[n]: w for n, w in s.weights.items()}})
+        else:
+            update["merge"] = tuple(
+                r.model_copy(update={"sources": {renamed[s]: c for s, c in r.sources.items()}})
+                for r in recipe.blocks.values()
+            )
         out.append(recipe.model_copy(update=update).to_json())
     return out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -360,10 +361,6 @@ WIDER: dict[str, tuple[str, str]] = {
         """,
         "'route'",
     ),
-    "segments": (
-        "segments: {layout: 'sha256:0', cuts: [0, 81], weights: {a: [0.2, 0.8], b: [0.8, 0.2]}}",
-        "'segments'",
-    ),
     "ensemble": (
         "ensemble: {rule: logprob_mean, missing_mass: renormalise, members: {a: 0.6, b: 0.4}}",
         "'ensemble'",
@@ -402,6 +399,92 @@ def test_wider_recipes_parse_and_are_refused(name: str, m: Manifest) -> None:
         r.canonical(m)
     assert str(caught.value) == reason
     assert Recipe.from_yaml(r.to_yaml()) == r
+
+
+# -- segments ------------------------------------------------------------
+
+
+def segments(m: Manifest, cuts: list[int], **weights: list[float]) -> Recipe:
+    return recipe(segments={"layout": m.layout, "cuts": cuts, "weights": weights})
+
+
+def test_segments_that_build_the_same_have_one_id(m: Manifest) -> None:
+    """Equal neighbours join, sources of weight 0 go, digits beyond 1e-6 go, cuts in a gap move behind it."""
+    tensors = [t for t in m.tensors if t.size % 64]
+    gap, after = tensors[0], next(t for t in m.tensors if t.offset > tensors[0].offset)
+    plain = segments(m, [0, after.offset], base=[1, 0.25], math=[0.5, 0.75]).canonical(m)
+
+    for other in (
+        segments(m, [0, gap.offset + gap.size], math=[0.5, 0.75], base=[1, 0.25]),
+        segments(m, [0, after.offset - 1, after.offset], base=[1, 7, 0.25], math=[0.5, 7, 0.75]),
+        segments(m, [0, 5, after.offset], base=[1, 1, 0.25], math=[0.5, 0.5000000001, 0.75]),
+        segments(m, [0, after.offset], base=[1, 0.25], math=[0.5, 0.75], code=[1e-9, -1e-9]),
+    ):
+        assert other.canonical(m) == plain
+        assert other.canonical(m).id == plain.id
+    assert plain.canonical(m) == plain
+    assert set(plain.sources) == {"base", "math"}
+    assert Recipe.from_yaml(plain.to_yaml()).canonical(m).id == plain.id
+    for other in (
+        segments(m, [0, after.offset + 1], base=[1, 0.25], math=[0.5, 0.75]),
+        segments(m, [0, after.offset], base=[1, 0.25], math=[0.5, 0.750001]),
+        segments(m, [0, after.offset], base=[1, 0.25], code=[0.5, 0.75]),
+    ):
+        assert other.canonical(m).id != plain.id
+
+
+def test_one_source_alone_is_its_linear_rule(m: Manifest) -> None:
+    """Segments that are one whole source have the id of what a baseline is; of the base they have no rules."""
+    for name in ("math", "base"):
+        alone = recipe([rule("linear", **{name: 1.0})]).canonical(m)
+        assert segments(m, [0, 100], **{name: [1.0, 1.0]}).canonical(m).id == alone.id
+    assert segments(m, [0], math=[0.5]).canonical(m).segments is not None
+
+
+def test_parts_of_segments_within_a_stretch(m: Manifest) -> None:
+    """A stretch is walked from its start to its end; weights of 0 are left out."""
+    s = segments(m, [0, 10, 20], math=[0.5, 0.0, 1.0], code=[0.0, 2.0, 3.0]).segments
+    assert s is not None
+
+    assert list(s.within(0, 10)) == [(0, 10, {"math": 0.5})]
+    assert list(s.within(5, 25)) == [
+        (5, 10, {"math": 0.5}),
+        (10, 20, {"code": 2.0}),
+        (20, 25, {"math": 1.0, "code": 3.0}),
+    ]
+    assert list(s.within(12, 13)) == [(12, 13, {"code": 2.0})]
+
+
+@pytest.mark.parametrize(
+    ("cuts", "weights", "words"),
+    [
+        ([0, 10**9], {"math": [1, 2]}, "the cut 1000000000 is behind the last of"),
+        ([0], {"maths": [1.0]}, "segments: unknown source 'maths'; did you mean 'math'?"),
+        ([0, 10], {"math": [1.0, 0.0]}, "all weights of a segment are 0"),
+        ([5], {"math": [1.0]}, "cuts must begin with 0 and rise"),
+        ([0, 9, 9], {"math": [1, 2, 3]}, "cuts must begin with 0 and rise"),
+        ([0, -3], {"math": [1, 2]}, "greater than or equal to 0"),
+        ([0, 10], {"math": [1]}, "source 'math' has 1 weights for 2 segments"),
+        ([0], {"math": [float("nan")]}, "segments.weights.math.0"),
+        ([0], {"math": [1e7]}, "segments.weights.math.0"),
+        ([], {"math": []}, "segments.cuts"),
+        ([0], {}, "segments.weights"),
+    ],
+)
+def test_bad_segments_are_refused(cuts: list[int], weights: dict[str, list[float]], words: str, m: Manifest) -> None:
+    """One line that says what is wrong, at reading or against the models."""
+    with pytest.raises(UserError, match=re.escape(words)):
+        segments(m, cuts, **weights).canonical(m)
+
+
+def test_segments_of_another_layout_are_refused(m: Manifest, manifest_of: Any) -> None:
+    """A cut means a weight only in the layout that it was made for."""
+    with pytest.raises(UserError, match="made for the layout sha256:"):
+        segments(manifest_of(layers=3), [0], math=[0.5]).canonical(m)
+    with pytest.raises(ValueError, match="only a canonical recipe has an id"):
+        _ = segments(m, [0], math=[0.5]).id
+    with pytest.raises(ValueError, match="no rules by block"):
+        _ = segments(m, [0], math=[0.5]).canonical(m).blocks
 
 
 # -- bad input ------------------------------------------------------------
@@ -444,7 +527,7 @@ BAD: list[tuple[str, str]] = [
     ("merge: [{method: linear, sources: {}, match: {layer: [0, 1]}}]", "'merge.0.match.layer'; did you mean 'layers'?"),
     ("merge: [{method: linear, sources: {}, match: {block: a, module: mlp}}]", "leave out layers and module"),
     ("merge: [{method: linear, sources: {}, match: {module: mpl}}]", "'mlp'"),
-    ("{merge: [], segments: {layout: a, cuts: [], weights: {}}}", "exclude one another"),
+    ("{merge: [], segments: {layout: a, cuts: [0], weights: {a: [1]}}}", "exclude one another"),
     (
         "{ensemble: {rule: prob_mean, members: {a: 1}}, "
         "route: {embed: a, final_norm: a, head: a, hops: [{from: a, layer: 0}]}}",

@@ -262,8 +262,11 @@ def _notes(history: History, entry: Entry, split: str) -> list[str]:
 
 
 def _recipe(recipe: Recipe) -> list[str]:
+    form = "One rule a block; blocks without one are the base's."
+    if recipe.segments is not None:
+        form = "Piecewise: from each cut to the next, counted in weights, a linear mix of the parents."
     return [
-        f"`{recipe.id}`, built in {recipe.dtype}. One rule a block; blocks without one are the base's.",
+        f"`{recipe.id}`, built in {recipe.dtype}. {form}",
         "",
         "<details>\n<summary>recipe</summary>\n",
         *_fenced(recipe.to_yaml(), "yaml"),

@@ -26,6 +26,8 @@ class MergekitError(UserError):
 
 def to_mergekit(recipe: Recipe, manifest: Manifest, paths: Mapping[str, Path]) -> dict[str, Any]:
     """A mergekit configuration for a canonical recipe. Raises MergekitError with the reason where there is none."""
+    if recipe.segments is not None:
+        raise MergekitError("mergekit has one weight for a whole tensor, the recipe's segments may cut through tensors")
     rules = recipe.blocks
     methods = sorted({r.method for r in rules.values()})
     if len(methods) > 1:

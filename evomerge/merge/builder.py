@@ -1,7 +1,7 @@
 """The in-place builder: candidates are written over one buffer whose views are the live model's parameters.
 
-Building is history-free: a block is a pure function of its rule, so build(A), build(B) gives the bits of
-build(B) alone, and blocks whose rule did not change are left as they are.
+Building is history-free: a block is a pure function of its rule or its segments, so build(A), build(B) gives the
+bits of build(B) alone, and blocks that did not change are left as they are.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from evomerge.canonical import canonical_json
+from evomerge.manifest import Manifest
 from evomerge.merge.bank import Bank
-from evomerge.merge.pipeline import BuildError, Sketches, apply
+from evomerge.merge.pipeline import BuildError, Sketches, apply, mix
 from evomerge.pool import TORCH_DTYPES
 from evomerge.recipe import Recipe, Rule
 
@@ -41,15 +42,14 @@ class Builder:
         """
         if recipe.dtype != self.dtype:
             raise ValueError(f"the buffer holds {self.dtype}, the recipe asks for {recipe.dtype}")
-        rules = recipe.blocks
         changed: dict[str, Tensor] = {}
         with torch.no_grad():
-            for name in self.bank.manifest.blocks:
-                key = _key(rules.get(name))
+            for name, part in _parts(recipe, self.bank.manifest).items():
+                key = _key(part)
                 if self._built.get(name) == key:
                     continue
                 self._built.pop(name, None)
-                changed[name] = self._write(name, rules.get(name))
+                changed[name] = self._write(name, part)
                 self._built[name] = key
         if changed and not bool(torch.isfinite(torch.stack(list(changed.values()))).all()):
             sick = [n for n, h in changed.items() if not bool(torch.isfinite(h))]
@@ -75,16 +75,37 @@ class Builder:
                 norm += float(base.square().sum())
         return float((moved / norm) ** 0.5) if norm else 0.0
 
-    def _write(self, block: str, rule: Rule | None) -> Tensor:
+    def _write(self, block: str, part: Part) -> Tensor:
         view = self.bank.view(block)
         out = self.buffer[view.block.start : view.block.stop]
-        if rule is None:
+        if part is None:
             out.copy_(view.base)
             return view.base.float().sum() * 0.0
-        return apply(out, view, rule, self._sketches)
+        if isinstance(part, Rule):
+            return apply(out, view, part, self._sketches)
+        healths = [
+            mix(out[start:stop], [(view.sources[n][start:stop], weights[n]) for n in sorted(weights)])
+            for start, stop, weights in part
+        ]
+        return torch.stack(healths).sum()
 
 
-def _key(rule: Rule | None) -> str:
-    if rule is None:
+Part = Rule | list[tuple[int, int, dict[str, float]]] | None
+"""What a block is built by: a rule; segments with their shares, counted from the block's start; None for the base."""
+
+
+def _parts(recipe: Recipe, manifest: Manifest) -> dict[str, Part]:
+    if recipe.segments is None:
+        return {name: recipe.blocks.get(name) for name in manifest.blocks}
+    return {
+        b.name: [(start - b.start, stop - b.start, w) for start, stop, w in recipe.segments.within(b.start, b.stop)]
+        for b in manifest.blocks.values()
+    }
+
+
+def _key(part: Part) -> str:
+    if part is None:
         return "base"
-    return canonical_json([rule.method, dict(rule.params), {s: dict(c) for s, c in rule.sources.items()}])
+    if isinstance(part, Rule):
+        return canonical_json([part.method, dict(part.params), {s: dict(c) for s, c in part.sources.items()}])
+    return canonical_json(part)

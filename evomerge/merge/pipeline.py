@@ -10,7 +10,7 @@ not depend on the order in which a recipe names them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -156,6 +156,24 @@ def apply(out: Tensor, view: BlockView, rule: Rule, sketches: Sketches) -> Tenso
             # Any NaN or infinity survives a sum; zero times the sum stays 0 for finite values. A cast to float16
             # may overflow, so there what was written counts.
             health.add_((written if out.dtype == torch.float16 else merged).sum(dtype=torch.float32) * 0.0)
+    return health
+
+
+def mix(out: Tensor, weighted: Sequence[tuple[Tensor, float]]) -> Tensor:
+    """out = sum_k w_k theta_k in fp32 with one rounding, in the given order; all flat and of one length.
+
+    Returns a scalar tensor that is finite exactly where everything written is, as `apply` does.
+    """
+    chunk = CHUNK_GPU if out.is_cuda else CHUNK_CPU
+    health = torch.zeros((), dtype=torch.float32, device=out.device)
+    for at in range(0, len(out), chunk):
+        part = slice(at, at + chunk)
+        written = out[part]
+        total = torch.zeros_like(written, dtype=torch.float32)
+        for vector, weight in weighted:
+            total.add_(vector[part].float(), alpha=weight)
+        written.copy_(total)
+        health.add_((written if out.dtype == torch.float16 else total).sum(dtype=torch.float32) * 0.0)
     return health
 
 

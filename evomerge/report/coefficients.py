@@ -10,7 +10,7 @@ from typing import TypeAlias
 from evomerge.architectures import MODULES
 from evomerge.manifest import Block, Manifest
 from evomerge.merge.methods import METHODS
-from evomerge.recipe import Recipe
+from evomerge.recipe import Match, Recipe, Rule
 from evomerge.report.figures import Figure, heat_map
 
 Rows: TypeAlias = list[list[float | None]]
@@ -45,8 +45,10 @@ class CoefficientMap:
 def coefficient_maps(recipes: Mapping[int, Recipe], manifest: Manifest) -> list[CoefficientMap]:
     """The maps of canonical recipes, a map for each coefficient that their methods have.
 
-    Neighbouring blocks whose values agree in all recipes share a column.
+    Neighbouring blocks whose values agree in all recipes share a column. Of segments, which may be cut inside of a
+    block, each block has its mean weights.
     """
+    recipes = {i: by_block(r, manifest) for i, r in recipes.items()}
     sources = manifest.experts
     if any(manifest.base in r.sources for x in recipes.values() for r in x.blocks.values()):
         sources = (*sources, manifest.base)
@@ -69,6 +71,21 @@ def coefficient_maps(recipes: Mapping[int, Recipe], manifest: Manifest) -> list[
                 by_candidate[i] = [list(row) for row in zip(*by_column, strict=True)]
         out.append(CoefficientMap(n, tuple(columns), names, by_candidate))
     return [m for m in out if m.values]
+
+
+def by_block(recipe: Recipe, manifest: Manifest) -> Recipe:
+    """A canonical recipe as it is, or of segments one with their mean weights over each block, to look at."""
+    if recipe.segments is None:
+        return recipe
+    rules = []
+    for b in manifest.blocks.values():
+        means: dict[str, float] = {}
+        for start, stop, weights in recipe.segments.within(b.start, b.stop):
+            for n, w in weights.items():
+                means[n] = means.get(n, 0.0) + w * (stop - start) / (b.stop - b.start)
+        sources = {n: {"weight": w} for n, w in means.items()}
+        rules.append(Rule(match=Match(block=b.name), method="linear", params={"normalize": False}, sources=sources))
+    return recipe.model_copy(update={"segments": None, "merge": tuple(rules)})
 
 
 def _sources(recipe: Recipe, block: str, name: str, sources: Sequence[str]) -> tuple[float | None, ...]:

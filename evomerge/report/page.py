@@ -26,7 +26,7 @@ from evomerge.pareto import Losses
 from evomerge.proposal import Scores
 from evomerge.recipe import Recipe
 from evomerge.report import figures, html
-from evomerge.report.coefficients import coefficient_maps
+from evomerge.report.coefficients import by_block, coefficient_maps
 from evomerge.report.front import front, progress
 from evomerge.report.results import MEAN, Comparison, Results, Score, cells, p_text, results
 from evomerge.report.status import candidate, candidate_text, status_of
@@ -488,7 +488,7 @@ def _recipes(history: History, wanted: Sequence[Entry]) -> dict[int, Recipe]:
     room = MAX_COEFFICIENTS
     for e in wanted[:MAX_RECIPES]:
         try:
-            recipe = history.recipe(e.id)
+            recipe = by_block(history.recipe(e.id), history.manifest)
         except UserError:  # a run that accepted drift; the chosen one's section says why
             continue
         room -= sum(len(c) for r in recipe.blocks.values() for c in (r.params, *r.sources.values()))
@@ -521,9 +521,12 @@ def _coefficients(history: History, chosen: int | None) -> list[str]:
         recipe = history.recipe(chosen)
     except UserError as e:
         return [html.warning(str(e))]
-    if not recipe.blocks:
+    if recipe.segments is None and not recipe.blocks:
         return [html.text(f"Candidate {chosen} is the base: it has no coefficients.")]
-    method = ", ".join(sorted({r.method for r in recipe.blocks.values()}))
+    if recipe.segments is not None:
+        method = f"linear mixes of {len(recipe.segments.cuts)} segments, of which blocks show their mean weights"
+    else:
+        method = ", ".join(sorted({r.method for r in recipe.blocks.values()}))
     parts = [
         html.note(
             f"{_who(history, chosen)}, merged by {method}. Neighbouring blocks with the same coefficients share a "

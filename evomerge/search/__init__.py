@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import numpy as np
 
@@ -28,6 +28,7 @@ ALGORITHMS: Mapping[str, Algorithm] = {
     "ga": Algorithm("evomerge.search.ga:Ga", "tournaments, blend crossover, mutation: a plain baseline"),
     "greedy-soup": Algorithm("evomerge.search.greedy_soup:GreedySoup", "experts join a plain mean where that helps"),
     "frank-wolfe": Algorithm("evomerge.search.frank_wolfe:FrankWolfe", "steps towards the expert that helps most"),
+    "niches": Algorithm("evomerge.search.niches:Niches", "M2N2: members share out items, mates add what is missing"),
     "nsga-ii": Algorithm("evomerge.search.nsga2:Nsga2", "Pareto front by crowding distance, for two objectives"),
     "nsga-iii": Algorithm("evomerge.search.nsga3:Nsga3", "Pareto front by reference directions, for three and more"),
     "tpe": Algorithm("evomerge.search.tpe:Tpe", "tree-structured Parzen estimators: mixed and conditional axes"),
@@ -66,9 +67,17 @@ def make_options(algorithm: str, settings: Mapping[str, Any], beside: Iterable[s
     for name, value in settings.items():
         if name not in fields:
             raise UserError(f"search: {algorithm} has no setting {name!r}{nearest(name, {*fields, *beside})}")
-        wants_int = "int" in str(fields[name].type)
-        if isinstance(value, bool) or not isinstance(value, int if wants_int else int | float):
-            raise UserError(f"search: {name} should be {'a whole number' if wants_int else 'a number'}, got {value!r}")
+        hint = get_type_hints(options)[name]
+        if get_origin(hint) is Literal:
+            wanted, fits = " or ".join(get_args(hint)), value in get_args(hint)
+        elif hint is bool:
+            wanted, fits = "true or false", isinstance(value, bool)
+        elif hint is float:
+            wanted, fits = "a number", isinstance(value, int | float) and not isinstance(value, bool)
+        else:  # int, and int | None
+            wanted, fits = "a whole number", isinstance(value, int) and not isinstance(value, bool)
+        if not fits:
+            raise UserError(f"search: {name} should be {wanted}, got {value!r}")
     try:
         return options(**settings)
     except ValueError as e:

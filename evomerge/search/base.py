@@ -6,6 +6,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from evomerge.manifest import Manifest
 from evomerge.proposal import Genome, Proposal, Result
 
@@ -27,6 +30,8 @@ class Needs:
     """Recipes come from algorithms that mix sources themselves; they use no axes."""
     steady: bool = False
     """Whether it may be asked while tells are outstanding (steady state with a fixed lag)."""
+    geometry: bool = False
+    """Whether it asks for the sources' inner products (`Start.geometry`)."""
 
 
 class Optimizer(Protocol):
@@ -56,6 +61,29 @@ class Optimizer(Protocol):
         ...
 
 
+class Geometry(Protocol):
+    """The one thing that an algorithm may know of weights: inner products of the sources."""
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """What the rows stand for, the base among them."""
+        ...
+
+    def gram(self, start: int, stop: int) -> NDArray[np.float64]:
+        """<theta_k, theta_l> over the flat positions from `start` to before `stop`, shape (n_sources, n_sources)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Column:
+    """A task's per-item scores that a search optimises; `share` is the task's part of the objective, in (0, 1]."""
+
+    task: str
+    metric: str
+    higher: bool
+    share: float
+
+
 @dataclass(frozen=True)
 class Start:
     """Where a search begins: a point of the unit cube, how many losses it will be told, whether
@@ -71,6 +99,12 @@ class Start:
     recall: Callable[[int], Genome | None] = lambda _: None
     manifest: Manifest | None = None
     dtype: str = "float32"
+    columns: tuple[Column, ...] = ()
+    """For algorithms with `per_item_scores`: where they stand in `Result.scores`."""
+    geometry: Geometry | None = None
+    """For algorithms that need it."""
+    lag: int | None = None
+    """How many proposals may be out at once; None where all are told before more are asked."""
 
 
 Ids = Iterator[int]

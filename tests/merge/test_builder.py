@@ -99,6 +99,50 @@ def test_equal_ids_build_equal_bits(bank: Any) -> None:
     assert builders[0].build(two) == 0
 
 
+def test_segments_are_weighted_sums_of_flat_vectors(bank: Any) -> None:
+    """Cuts inside tensors and across blocks: fp32 sums over the flat layout, rounded once; only new blocks change."""
+    m = bank.manifest
+    at = m.tensors[1].offset + 3
+    weights = {"base": (0.25, -0.5, 1.0), "a": (0.5, 0.0, 0.0), "c": (0.0, 1.75, 0.0)}
+    segments = {"layout": m.layout, "cuts": (0, 30, at), "weights": weights}
+    recipe = Recipe.model_validate({"segments": segments}).canonical(m)
+    expected = torch.zeros(m.elements)
+    for i, (start, stop) in enumerate(((0, 30), (30, at), (at, m.elements))):
+        for n in sorted(weights):
+            expected[start:stop] += weights[n][i] * bank.flat[n][start:stop]
+
+    builder, fresh = Builder(bank, "float32"), Builder(bank, "float32")
+    builder.build(over(m, ({"method": "ties", "sources": {"a": {"weight": 0.5}}},) * 4))
+    assert builder.build(recipe) == len(BLOCKS)
+    fresh.build(recipe)
+    assert torch.equal(builder.buffer, fresh.buffer)
+    assert torch.allclose(builder.buffer, expected, rtol=1e-6, atol=1e-7)
+    assert builder.build(recipe) == 0
+
+    moved = Recipe.model_validate({"segments": {**segments, "cuts": (0, 31, at)}}).canonical(m)
+    assert builder.build(moved) == 1, "the cut that moved lies in the first block"
+    fresh.build(moved)
+    assert torch.equal(builder.buffer, fresh.buffer)
+    half = Builder(bank, "bfloat16")
+    half.build(moved.model_copy(update={"dtype": "bfloat16"}))
+    assert torch.equal(half.buffer, fresh.buffer.bfloat16())
+
+
+def test_one_source_built_by_segments_is_that_source(bank: Any) -> None:
+    """Weight 1 copies to the bit, on either side of a cut; what is not finite is refused and named."""
+    m = bank.manifest
+    weights = {"a": (1.0, 0.0), "b": (0.0, 1.0)}
+    recipe = Recipe.model_validate({"segments": {"layout": m.layout, "cuts": (0, 100), "weights": weights}})
+    builder = Builder(bank, "float32")
+    builder.build(recipe.canonical(m))
+    assert torch.equal(builder.buffer, torch.cat([bank.flat["a"][:100], bank.flat["b"][100:]]))
+
+    huge = {"a": (1.0, 1e6), "b": (0.0, 1e6)}
+    sick = Recipe.model_validate({"dtype": "float16", "segments": {**recipe.segments.model_dump(), "weights": huge}})
+    with pytest.raises(BuildError, match=r"NaN or infinite weights in layers\.0\.attention and 2 more"):
+        Builder(bank, "float16").build(sick.canonical(m))
+
+
 def test_addresses_never_change(bank: Any) -> None:
     """The views handed out before the first build are the memory of every later one."""
     builder = Builder(bank, "float32")
