@@ -6,11 +6,10 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from evomerge.budget import Allowance
 from evomerge.config import Experiment
 from evomerge.licences import licence_of, remarks
 from evomerge.pool import TORCH_DTYPES
-from evomerge.prepare import Prepared, prepare
+from evomerge.prepare import Prepared, allowance_of, prepare
 from evomerge.tasks.base import NOTHING, Allowed
 
 
@@ -47,7 +46,7 @@ def check(experiment: Experiment, allow: Allowed = NOTHING) -> Check:
     """Check everything that `run` checks. Raises UserError with the first thing that is wrong."""
     prepared = prepare(experiment, allow=allow)
     items = prepared.items
-    allowance = Allowance.of(experiment.search.budget, prepared.stages, items["search"].count)
+    allowance = allowance_of(experiment.search.budget, prepared)
     tokens = sum(p.tokens(p.splits["search"]) for p in prepared.plans.values())
     least = sum(p.least_tokens(p.splits["search"]) for p in prepared.plans.values())
     per_token = 2.0 * prepared.manifest.parameters

@@ -10,9 +10,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from evomerge.config import Experiment, Stage, Workers
+import numpy as np
+
+from evomerge.budget import Allowance
+from evomerge.config import Budget, Experiment, Search, Stage, Workers
 from evomerge.errors import UserError
 from evomerge.fitness import FitnessSpec
+from evomerge.items import POLICIES, make_policy
 from evomerge.layer_swap import LayerSwapSpace
 from evomerge.manifest import Manifest
 from evomerge.proposal import ItemSet
@@ -20,6 +24,7 @@ from evomerge.recipe import Match, Recipe, Rule
 from evomerge.schema import validated
 from evomerge.score.plan import Plan, PlanShape, Target, item_sets
 from evomerge.search import ALGORITHMS, needs_of
+from evomerge.search.base import Needs
 from evomerge.space import RuleSpace, SearchSpace, SpaceSpec
 from evomerge.tasks import Task
 from evomerge.tasks.base import NOTHING, Allowed, Item
@@ -172,14 +177,22 @@ def prepare(experiment: Experiment, shape: PlanShape | None = None, allow: Allow
     return prepared
 
 
+def allowance_of(budget: Budget, prepared: Prepared) -> Allowance:
+    """A budget cut into the stages of an experiment. Raises UserError where one of them could not begin."""
+    spec, whole = prepared.experiment.search.items, prepared.items["search"]
+    price = make_policy(spec, whole, (0, 0), lambda _: lambda _: np.zeros(1)).price
+    return Allowance.of(budget, prepared.stages, price, sampled=spec != "full")
+
+
 def check_algorithms(experiment: Experiment) -> None:
-    """Raises UserError where an algorithm cannot have the number of objectives, or a lag."""
+    """Raises UserError where an algorithm cannot have the number of objectives, a lag, or the policy of items."""
     goals = [g.name for g in fitness_of(experiment).goals]
     for stage in experiment.stages:
         name, _ = experiment.algorithm_of(stage)
         needs = needs_of(name)
         if experiment.search.lag is not None and not needs.steady:
             raise UserError(f"search.lag: {name} learns from whole generations and has no steady state; drop lag")
+        check_items(experiment.search, name, needs)
         able = [a for a in ALGORITHMS if needs_of(a).objectives in ("any", "one" if len(goals) == 1 else "several")]
         if needs.objectives == "one" and len(goals) > 1:
             raise UserError(
@@ -191,6 +204,19 @@ def check_algorithms(experiment: Experiment) -> None:
                 f"search: {name} is for several objectives, the fitness has one; "
                 f"use {' or '.join(able)}, or name several under fitness.objectives"
             )
+
+
+def check_items(search: Search, algorithm: str, needs: Needs) -> None:
+    """Raises UserError where the losses that a policy of items gives are no use to an algorithm."""
+    policy = search.items if isinstance(search.items, str) else search.items.policy
+    if policy not in POLICIES[needs.scope]:
+        able = [a for a in ALGORITHMS if policy in POLICIES[needs_of(a).scope]]
+        raise UserError(
+            f"search.items: {algorithm} compares candidates across generations, which {policy} items do not allow; "
+            f"use items: full, or {' or '.join(able)}"
+        )
+    if policy != "full" and search.lag is not None:
+        raise UserError(f"search.lag: {policy} items are common to a generation, steady state has none; drop one")
 
 
 def load_items(tasks: Sequence[Task], allow: Allowed) -> dict[str, tuple[Item, ...]]:
