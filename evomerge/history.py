@@ -82,8 +82,8 @@ class History:
     """Candidates answered from earlier scores."""
     samples: Mapping[str, ItemSet] = field(default_factory=dict)
     """Name -> positions in the search split's items, of the samples that generations were scored on."""
-    evaluated: int = 0
-    """Item evaluations in all; what earlier scores answered is not counted."""
+    evaluated: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    """Split -> item evaluations, samples among those of search; what earlier scores answered is not counted."""
 
     @classmethod
     def read(cls, path: Path) -> History:
@@ -111,7 +111,8 @@ class History:
         samples: dict[str, ItemSet] = {}
         places: dict[str, dict[str, int]] = {}
         seen: dict[str, dict[str, set[str]]] = {}
-        looks = cached = evaluated = 0
+        evaluated = dict.fromkeys(SPLITS, 0)
+        looks = cached = 0
         for e in events:
             if e["kind"] == "items":
                 name = names[e["id"]] = str(e["name"])
@@ -145,7 +146,7 @@ class History:
                 cached += bool(e.get("cached")) and name not in ("select", "report")
                 for task, ids in item_ids[name].items() if not e.get("cached") else ():
                     known = seen.setdefault(entry.recipe_id, {}).setdefault(task, set())
-                    evaluated += len({*ids} - known)
+                    evaluated["search" if name in samples else name] += len({*ids} - known)
                     known.update(ids if result.ok else ())
             elif e["kind"] == "final":
                 final = {**e, "winner": entries[e["winner"]].id, "finalists": [entries[i].id for i in e["finalists"]]}
@@ -240,6 +241,12 @@ class History:
             out.append(Generation(stage, group, sizes, tuple(len(r) for _, r in rungs), rho))
         return tuple(out)
 
+    @property
+    def in_full(self) -> int:
+        """Item evaluations that scoring the search split's candidates in full takes; copies are scored once."""
+        size = sum(len(ids) for ids in self.item_ids["search"].values())
+        return size * len({e.recipe_id for e in self.entries.values() if e.samples or "search" in e.results})
+
     def _sampled(self) -> dict[tuple[int, int], list[tuple[ItemSet, list[Evaluation]]]]:
         """(stage, group) -> the item set of each rung with the results on it."""
         out: dict[tuple[int, int], dict[str, list[Evaluation]]] = {}
@@ -259,10 +266,12 @@ class History:
         return tuple(g.name for g in fitness_of(self.experiment).goals)
 
     def losses(self, entry: Entry, split: str) -> Losses:
-        """A candidate's losses on a split, shape (n_objectives,); +inf where it failed, NaN where not scored."""
-        if split not in entry.results:
+        """A candidate's losses on a split or sample, shape (n_objectives,); +inf where failed, NaN where unscored."""
+        if split in entry.samples and (sampled := entry.samples[split].scores) is not None:
+            return self.losses_on(self.samples[split])(sampled)
+        if split not in entry.results and split not in entry.samples:
             return np.full(len(self.goals), math.nan)
-        scores, objective = entry.scores(split), self.objectives[split]
+        scores, objective = entry.scores(split), self.objectives.get(split)
         return np.full(len(self.goals), math.inf) if scores is None or objective is None else objective.losses(scores)
 
     def loss(self, entry: Entry, split: str) -> float:
