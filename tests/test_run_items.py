@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from evomerge.check import check
 from evomerge.config import load
+from evomerge.errors import UserError
 from evomerge.evaluate import MergeEvaluator
 from evomerge.history import History
 from evomerge.items import samples
@@ -222,3 +224,14 @@ def test_sampled_items_are_another_experiment(experiment_with: With, adaptive_ru
     assert identity() == identity(**{"search.items": "full"})
     assert identity() != identity(**ADAPTIVE)
     assert identity(**ADAPTIVE) == History.read(adaptive_run).facts["experiment_id"]
+
+
+def test_check_says_that_items_are_sampled(experiment_with: With) -> None:
+    """No time is promised for work that is not known, and no number of candidates under a budget of items."""
+    c = check(experiment_with(**ADAPTIVE))
+    assert (c.candidates, c.seconds_at_least) == (14, None)
+    assert any("a candidate takes about 4 of the 24 at first" in n for n in c.notes)
+    c = check(experiment_with(**{**ADAPTIVE, "search.budget": {"item_evaluations": 100}}))
+    assert c.candidates is None
+    with pytest.raises(UserError, match=r"stage 1 gets no candidate \(one takes 4 item evaluations\)"):
+        check(experiment_with(**{**ADAPTIVE, "search.budget": {"item_evaluations": 3}}))

@@ -4,8 +4,8 @@
 that are finished in runs/adaptive-items are read, not repeated. CMA-ES searches one weight for each expert and layer,
 from the best of a coarse search (one weight for each expert, 48 candidates, in full) that all runs share.
 Each run is extended from budget to budget, and at each one the winner that `evomerge` would return is looked at on the
-report split. The search optimises either the graded metric (probability of the right choice) or the 0/1 one
-(accuracy); held-out quality is accuracy for both.
+report split. There is no floor: the fitness is the plain mean over tasks. The search optimises either the graded metric (probability of the right choice) or the 0/1 one
+(accuracy); held-out quality is shown in both.
 """
 
 from __future__ import annotations
@@ -19,17 +19,16 @@ from typing import Any
 
 from evomerge.config import load
 from evomerge.history import History
-from evomerge.report.results import results
+from evomerge.report.results import mean_over_tasks, results
 from evomerge.run import run
 from evomerge.warm import finalists_of
 from evomerge.yamlio import load_yaml
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-FULL: Any = "full"
-ADAPTIVE: Any = {"policy": "adaptive", "start": 24}
+ITEMS: dict[str, Any] = {"full": "full", "adaptive": {"policy": "adaptive"}}
 BUDGETS = {"full": (25_200, 50_400), "adaptive": (8_400, 16_800)}
-"""Item evaluations: 5 and 10 generations of 12 candidates in full, and a third of that for adaptive items."""
+"""Item evaluations of the search: 44 and 89 candidates in full, and a third of that for adaptive items."""
 COARSE = 20_160
 COLUMNS = (("full", "probability"), ("adaptive", "probability"), ("adaptive", "accuracy"), ("full", "accuracy"))
 
@@ -37,6 +36,8 @@ COLUMNS = (("full", "probability"), ("adaptive", "probability"), ("adaptive", "a
 def experiment(policy: str, metric: str, seed: int, budget: int, start: Any = ()) -> Any:
     """One search over the quickstart's models; without a recipe to start from, the coarse one."""
     fitness: Any = load_yaml(ROOT / "fitness" / "skills.yaml")
+    if start:
+        del fitness["floor"]
     for task in fitness["tasks"]:
         task["metric"] = metric
         task["data"] = str(ROOT / "fitness" / task["data"])
@@ -59,7 +60,7 @@ def experiment(policy: str, metric: str, seed: int, budget: int, start: Any = ()
                 "finalists": 2,
                 "warm_start": list(start),
                 "probes": not start,
-                "items": ADAPTIVE if policy == "adaptive" else FULL,
+                "items": ITEMS[policy],
                 "budget": {"item_evaluations": budget},
             },
             "workers": {"backend": "inline", "device": "cpu", "threads": 1},
@@ -70,7 +71,7 @@ def experiment(policy: str, metric: str, seed: int, budget: int, start: Any = ()
 def row(h: History, policy: str, metric: str, seed: int, budget: int) -> dict[str, Any]:
     """What a finished run says of its winner, and what it took."""
     r = results(h)
-    [score] = [s for s in r.table if (s.model, s.task) == ("winner", "mean")]
+    assert r.winner is not None
     return {
         "policy": policy,
         "metric": metric,
@@ -79,22 +80,23 @@ def row(h: History, policy: str, metric: str, seed: int, budget: int) -> dict[st
         "evaluated": sum(h.evaluated.values()),
         "candidates": sum(e.role == "search" for e in h.entries.values()),
         "winner": r.winner,
-        "accuracy": score.score,
-        "low": score.low,
-        "high": score.high,
+        "role": h.entry(r.winner).role,
+        **held_out(h, r.winner),
         "optimism": r.optimism["search"] - r.optimism["report"],
         "items": [g.items[0] for g in h.generations],
-        "start": start_of(h),
         "correlation": [round(g.correlation, 3) for g in h.generations],
     }
 
 
-def start_of(h: History) -> float:
-    """Held-in accuracy of the recipe that the search began from: mean over tasks on the search split."""
-    [given] = [e for e in h.entries.values() if e.role == "given"]
-    scores = given.scores("search")
-    assert scores is not None
-    return mean(float(scores[t.name]["accuracy"].mean()) for t in h.experiment.tasks)
+def held_out(h: History, candidate: int) -> dict[str, float]:
+    """A candidate on the report split: mean accuracy and probability of the right choice over tasks."""
+    own = h.entry(candidate).scores("report")
+    assert own is not None
+    means = {m: mean_over_tasks([own[t.name][m] for t in h.experiment.tasks]) for m in ("accuracy", "probability")}
+    return {
+        **{m: x[0] for m, x in means.items()},
+        **{f"{m}_half_interval": (x[2] - x[1]) / 2 for m, x in means.items()},
+    }
 
 
 def main(seeds: list[int]) -> None:
@@ -120,28 +122,31 @@ def main(seeds: list[int]) -> None:
 
 
 def table(rows: Iterable[dict[str, Any]]) -> str:
-    """Held-out accuracy by policy, metric and budget: mean over seeds, and each seed's."""
+    """Held-out quality by policy, metric and budget: mean over seeds, and each seed's."""
     groups: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
     for r in sorted(rows, key=lambda r: (r["metric"] != "probability", r["policy"] != "full", r["budget"], r["seed"])):
         groups.setdefault((r["policy"], r["metric"], r["budget"]), []).append(r)
-    header = ["items", "search metric", "budget", "evaluated in all", "candidates", "held-out accuracy", "seeds"]
-    header.append("optimism")
+    header = ["items", "search metric", "budget", "evaluated in all", "candidates", "held-out probability", "seeds"]
+    header += ["held-out accuracy", "seeds", "optimism"]
     lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
     for (policy, metric, budget), own in groups.items():
-        scores = [r["accuracy"] for r in own]
-        spread = f" (sd {stdev(scores):.3f})" if len(own) > 1 else ""
         cells = [
             policy,
             metric,
             f"{budget:,}",
             f"{mean(r['evaluated'] for r in own):,.0f}",
             f"{mean(r['candidates'] for r in own):,.0f}",
-            f"**{mean(scores):.3f}**{spread}",
-            " / ".join(f"{x:.3f}" for x in scores),
+            *_over_seeds([r["probability"] for r in own]),
+            *_over_seeds([r["accuracy"] for r in own]),
             f"{mean(r['optimism'] for r in own):+.3f}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _over_seeds(values: list[float]) -> tuple[str, str]:
+    spread = f" (sd {stdev(values):.3f})" if len(values) > 1 else ""
+    return f"**{mean(values):.3f}**{spread}", " / ".join(f"{x:.3f}" for x in values)
 
 
 if __name__ == "__main__":
