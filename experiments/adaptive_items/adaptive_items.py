@@ -1,10 +1,10 @@
 """Adaptive items against full scoring on the quickstart's models, at several budgets of item evaluations.
 
 `python experiments/adaptive_items/adaptive_items.py [SEED ...]` writes results.json and table.md beside this file; runs
-that are finished in runs/adaptive-items are read, not repeated. CMA-ES searches one weight for each expert and layer,
-from the best of a coarse search (one weight for each expert, 48 candidates, in full) that all runs share.
-Each run is extended from budget to budget, and at each one the winner that `evomerge` would return is looked at on the
-report split. There is no floor: the fitness is the plain mean over tasks. The search optimises either the graded metric (probability of the right choice) or the 0/1 one
+that are finished in runs/adaptive-items are read, not repeated. CMA-ES searches one weight for each expert and layer
+from the best of a coarse search (one weight for each expert, in full) that all runs share. Each run is extended from
+budget to budget, and at each one the winner that `evomerge` would return is looked at on the report split. There is no
+floor: the fitness is the plain mean over tasks of the graded metric (probability of the right choice) or of the 0/1 one
 (accuracy); held-out quality is shown in both.
 """
 
