@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from evomerge.config import Budget, Stage
 from evomerge.errors import UserError
@@ -20,11 +20,15 @@ class Allowance:
     budget: Budget
     shares: tuple[float, ...]
     items_per_candidate: int
+    sampled: bool = False
+    """Whether items are sampled: then a candidate's price changes, and item evaluations are counted as they are."""
 
     @classmethod
-    def of(cls, budget: Budget, stages: Sequence[Stage], items_per_candidate: int) -> Allowance:
-        """Raises UserError where a stage could not ask for a single candidate."""
-        out = cls(budget, tuple(s.share for s in stages), items_per_candidate)
+    def of(
+        cls, budget: Budget, stages: Sequence[Stage], items_per_candidate: int, *, sampled: bool = False
+    ) -> Allowance:
+        """`items_per_candidate` at the start. Raises UserError where a stage could not ask for a single candidate."""
+        out = cls(budget, tuple(s.share for s in stages), items_per_candidate, sampled)
         if budget.minutes is None:
             before = 0
             for n in range(len(stages)):
@@ -44,8 +48,7 @@ class Allowance:
         """Candidates that all stages up to n may have asked for together."""
         if self.budget.evaluations is not None:
             return round(self.budget.evaluations * self._until(n))
-        assert self.budget.item_evaluations is not None
-        return int(self.budget.item_evaluations * self._until(n)) // self.items_per_candidate
+        return self._items(n) // self.items_per_candidate
 
     def of_stage(self, n: int) -> int | None:
         """Candidates that stage n may ask for where earlier ones use theirs up; None under a budget of time."""
@@ -53,8 +56,20 @@ class Allowance:
             return None
         return self._candidates(n) - (self._candidates(n - 1) if n else 0)
 
-    def left(self, n: int, asked: int, journal: Journal, rundir: RunDirectory) -> int:
-        """Proposals that stage n may still ask for after `asked` of all stages; 0 ends it."""
+    def _items(self, n: int) -> int:
+        """Item evaluations that all stages up to n may have made together."""
+        assert self.budget.item_evaluations is not None
+        return int(self.budget.item_evaluations * self._until(n))
+
+    def left(
+        self, n: int, asked: int, journal: Journal, rundir: RunDirectory, *, spent: int = 0, price: int = 1
+    ) -> int:
+        """Proposals that stage n may still ask for after `asked` of all stages; 0 ends it.
+
+        Where items are sampled, `spent` item evaluations were made so far and the next candidate takes `price`.
+        """
+        if self.sampled and self.budget.item_evaluations is not None:
+            return max(0, self._items(n) - spent) // price
         if self.budget.minutes is None:
             return max(0, self._candidates(n) - asked)
         if journal.replaying:
@@ -66,9 +81,10 @@ class Allowance:
 
     def extended(self, budget: Budget) -> Allowance:
         """The same stages under a larger budget: what is added belongs to the last one."""
-        return Allowance(budget, self.shares, self.items_per_candidate)
+        return replace(self, budget=budget)
 
     @property
     def total(self) -> int | None:
-        """Candidates in all, or None under a time budget."""
-        return None if self.budget.minutes is not None else self._candidates(len(self.shares) - 1)
+        """Candidates in all, or None where that is not known: under a time budget, or one of sampled items."""
+        unknown = self.budget.minutes is not None or (self.sampled and self.budget.item_evaluations is not None)
+        return None if unknown else self._candidates(len(self.shares) - 1)

@@ -6,11 +6,10 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from evomerge.budget import Allowance
 from evomerge.config import Experiment
 from evomerge.licences import licence_of, remarks
 from evomerge.pool import TORCH_DTYPES
-from evomerge.prepare import Prepared, prepare
+from evomerge.prepare import Prepared, allowance_of, prepare
 from evomerge.tasks.base import NOTHING, Allowed
 
 
@@ -47,7 +46,7 @@ def check(experiment: Experiment, allow: Allowed = NOTHING) -> Check:
     """Check everything that `run` checks. Raises UserError with the first thing that is wrong."""
     prepared = prepare(experiment, allow=allow)
     items = prepared.items
-    allowance = Allowance.of(experiment.search.budget, prepared.stages, items["search"].count)
+    allowance = allowance_of(experiment.search.budget, prepared)
     tokens = sum(p.tokens(p.splits["search"]) for p in prepared.plans.values())
     least = sum(p.least_tokens(p.splits["search"]) for p in prepared.plans.values())
     per_token = 2.0 * prepared.manifest.parameters
@@ -58,7 +57,13 @@ def check(experiment: Experiment, allow: Allowed = NOTHING) -> Check:
     ]
     total = allowance.total
     seconds = None
-    if prepared.device == "cpu" and total is not None:
+    sampled = []
+    if allowance.sampled:
+        sampled.append(
+            f"items are sampled: a candidate takes about {allowance.items_per_candidate} of the "
+            f"{items['search'].count} at first; the work above is for all of them"
+        )
+    elif prepared.device == "cpu" and total is not None:
         seconds = total * per_token * least / _cpu_flops(experiment.workers.threads) / experiment.workers.count
     return Check(
         name=experiment.name,
@@ -76,7 +81,12 @@ def check(experiment: Experiment, allow: Allowed = NOTHING) -> Check:
         candidates=total,
         memory_bytes=_memory(prepared),
         seconds_at_least=seconds,
-        notes=(*prepared.notes, *uncounted, *remarks({n: licence_of(p) for n, p in prepared.folders.items()})),
+        notes=(
+            *prepared.notes,
+            *uncounted,
+            *sampled,
+            *remarks({n: licence_of(p) for n, p in prepared.folders.items()}),
+        ),
     )
 
 
@@ -128,7 +138,7 @@ def text(c: Check) -> str:
     bound = "up to " if c.least_tokens_per_candidate < c.tokens_per_candidate else ""
     lines.append(
         f"work     {bound}{c.tokens_per_candidate:,} tokens, {c.flop_per_candidate / 1e9:,.1f} GFLOP per candidate, "
-        + (f"{c.candidates} candidates" if c.candidates is not None else "limited by time")
+        + (f"{c.candidates} candidates" if c.candidates is not None else "limited by time or items")
     )
     lines.append(f"memory   {c.memory_bytes / 2**20:,.0f} MiB of weights per worker, activations apart")
     if c.seconds_at_least is not None:

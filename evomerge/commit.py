@@ -60,6 +60,16 @@ class ScoreCache:
             out[task] = {m: np.array([at[p][0][task][m][at[p][1]] for p in wanted], np.float32) for m in metrics}
         return Evaluation("ok", out)
 
+    def missing(self, recipe_id: str, items: ItemSet) -> ItemSet:
+        """The part of `items` that has no scores yet: `items` itself where nothing is known."""
+        known: dict[str, set[int]] = {}
+        for there, e in self._known.get(recipe_id, []):
+            for task, at in there.tasks.items() if e.scores is not None else ():
+                known.setdefault(task, set()).update(at)
+        left = {t: tuple(p for p in at if p not in known.get(t, ())) for t, at in items.tasks.items()}
+        part = ItemSet(items.name, {t: at for t, at in left.items() if at})
+        return part if part.count < items.count else items
+
 
 class Committer:
     """Holds the journal, the executor and the cache of one run."""
@@ -83,46 +93,59 @@ class Committer:
         self._interrupted = interrupted
         self._cache = ScoreCache()
         self._units = 0
+        self.evaluated = 0
+        """Item evaluations of all that was committed; what earlier scores answered is not counted."""
+        self._parts: dict[tuple[str, str], ItemSet] = {}
         self._running: set[tuple[str, str]] = set()
         self._promised: set[tuple[str, str]] = set()
         self._finished = _Finished(rundir.path / FINISHED)
 
-    def submit(self, group: list[tuple[int, Recipe]], items: ItemSet, *, together: bool = False) -> None:
+    def submit(self, group: list[tuple[int, Recipe]], items: ItemSet, *, rung: int = 0, together: bool = False) -> None:
         """Hand out what has to be evaluated of (proposal id, canonical recipe) pairs.
 
-        Left out is what the journal, the cache or `finished.jsonl` has, and equal recipes after the first.
+        Left out is what the journal, the cache or `finished.jsonl` has, and equal recipes after the first; of a
+        recipe that was scored on some of the items only the others are evaluated.
         `together` makes one work unit of all, for one worker.
         """
         jobs = []
         for proposal, recipe in group:
-            key = (recipe.id, items.id)
+            whole = (recipe.id, items.id)
             if self._journal.will_tell(proposal, items.id):
-                self._promised.add(key)  # a copy further on shares its result, as it would have without the cut
-            if key in self._finished.waiting and not self._fits(self._finished.waiting[key], items):
-                self._finished.take(key)
-            if key in self._promised or key in self._running or key in self._finished.waiting:
+                self._promised.add(whole)  # a copy further on shares its result, as it would have without the cut
+            if whole in self._promised or self._cache.get(recipe.id, items) is not None:
                 continue
-            if self._cache.get(*key[:1], items) is None:
-                self._running.add(key)
-                jobs.append(Job(proposal, 0, recipe, items))
+            part = self._parts.setdefault(whole, self._cache.missing(recipe.id, items))
+            key = (recipe.id, part.id)
+            if key in self._finished.waiting and not self._fits(self._finished.waiting[key], part):
+                self._finished.take(key)
+            if key in self._running or key in self._finished.waiting:
+                continue
+            self._running.add(key)
+            jobs.append(Job(proposal, rung, recipe, part))
         for unit in [tuple(jobs)] if together else [(j,) for j in jobs]:
             if unit:
                 self._executor.submit(WorkUnit(self._units, unit))
                 self._units += 1
 
-    def commit(self, proposal: int, recipe: Recipe, items: ItemSet) -> Evaluation:
+    def commit(self, proposal: int, recipe: Recipe, items: ItemSet, *, rung: int = 0) -> Evaluation:
         """The result of one submitted proposal, once it is in the journal. Raises Interrupted."""
+        known = self._cache.get(recipe.id, items)
+        part = self._cache.missing(recipe.id, items)
+        self.evaluated += part.count if known is None else 0
         if self._journal.replaying:
             e = self._replayed(proposal, items)
             self._cache.add(recipe.id, items, e)
-            self._finished.take((recipe.id, items.id))
+            self._finished.take((recipe.id, part.id))
             return e
-        known = self._cache.get(recipe.id, items)
         if known is not None:
-            return self._told(proposal, items, known, cached=True)
-        e = self._result((recipe.id, items.id))
+            return self._told(proposal, items, known, rung, cached=True)
+        part = self._parts.pop((recipe.id, items.id), part)
+        e = self._result((recipe.id, part.id))
+        if e.scores is not None:
+            self._cache.add(recipe.id, part, e)
+            e = self._cache.get(recipe.id, items) or e
         self._cache.add(recipe.id, items, e)
-        self._told(proposal, items, e)
+        self._told(proposal, items, e, rung)
         self._finished.sweep()
         return e
 
@@ -152,9 +175,9 @@ class Committer:
             if found is not None:
                 return found
 
-    def _told(self, proposal: int, items: ItemSet, e: Evaluation, *, cached: bool = False) -> Evaluation:
+    def _told(self, proposal: int, items: ItemSet, e: Evaluation, rung: int = 0, *, cached: bool = False) -> Evaluation:
         extra = {"cached": True} if cached else {}
-        self._journal.record("told", id=proposal, rung=0, items=items.id, **_to_json(e), **extra)
+        self._journal.record("told", id=proposal, rung=rung, items=items.id, **_to_json(e), **extra)
         return e
 
     def _replayed(self, proposal: int, items: ItemSet) -> Evaluation:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -91,6 +92,33 @@ class Budget(_Part):
         return False
 
 
+class AdaptiveItems(_Part):
+    """Fresh common items for each generation, as many as rank its members alike by either half of them."""
+
+    policy: Literal["adaptive"]
+    start: int = Field(25, ge=2, description="items of the first generation, over all tasks; never fewer")
+    threshold: float = Field(0.4, gt=0, lt=1, description="split-half rank correlation below which items are added")
+    grow: float = Field(1.3, gt=1, description="factor on the next generation's items where it was below")
+    shrink: float = Field(1.15, ge=1, description="divisor of the next generation's items where it was not")
+
+
+class HalvingItems(_Part):
+    """Successive halving: a generation's best on few items go on to more."""
+
+    policy: Literal["halving"]
+    rungs: tuple[int, ...] = Field((60, 500), min_length=2, description="items of each rung; beyond all means all")
+    keep: float = Field(0.4, gt=0, lt=1, description="share of a rung's members that goes on")
+
+    @model_validator(mode="after")
+    def _rising(self) -> HalvingItems:
+        if self.rungs[0] < 2 or any(b <= a for a, b in itertools.pairwise(self.rungs)):
+            raise ValueError(f"rungs: each must have more items than the one before, the first 2, got {self.rungs}")
+        return self
+
+
+ItemsSpec = Literal["full"] | AdaptiveItems | HalvingItems
+
+
 class Search(BaseModel):
     """Algorithm, budget and seed; every other key is a setting of the algorithm."""
 
@@ -104,6 +132,11 @@ class Search(BaseModel):
         ge=1,
         description="steady state: proposal k is asked when exactly the results up to k - lag are known, which keeps "
         "lag workers busy; for algorithms that can, in place of whole generations",
+    )
+    items: Literal["full"] | Annotated[AdaptiveItems | HalvingItems, Field(discriminator="policy")] = Field(
+        "full",
+        description="what candidates are scored on while the search runs; baselines, probes, each stage's answers and "
+        "finalists are scored in full",
     )
     warm_start: tuple[Mapping[str, Any], ...] = Field((), description="recipes to score first and to begin from")
     probes: bool = Field(
@@ -196,6 +229,8 @@ class Experiment(_Part):
                 "warm_start": [dict(r) for r in self.search.warm_start],
                 "finalists": self.search.finalists,
                 "probes": self.search.probes,
+                # Not there in runs that began before the key was.
+                **({} if isinstance(self.search.items, str) else {"items": self.search.items.model_dump(mode="json")}),
             }
         )
 

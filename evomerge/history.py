@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,21 +14,24 @@ import numpy as np
 from evomerge.canonical import decode_array
 from evomerge.config import Experiment, load
 from evomerge.errors import UserError
+from evomerge.items import split_half, taken
 from evomerge.journal import Event, read, scores_from_json, whole
 from evomerge.manifest import Manifest
 from evomerge.objective import Objective
 from evomerge.pareto import Losses
 from evomerge.prepare import bind_spaces, fitness_of, needed_metrics
-from evomerge.proposal import Evaluation, Scores, frozen_genome
+from evomerge.proposal import Evaluation, ItemSet, Scores, frozen_genome
 from evomerge.recipe import Recipe
 from evomerge.rundir import EXPERIMENT, JOURNAL
 from evomerge.schema import validated
 from evomerge.space import SearchSpace
+from evomerge.tasks.base import SPLITS
 
 
 @dataclass
 class Entry:
-    """One candidate of the journal. `results` has its evaluations by the name of the item set."""
+    """One candidate of the journal. `results` has its evaluations by split, `samples` those on some of the search items
+    by the name of the item set."""
 
     id: int
     stage: int
@@ -40,11 +43,24 @@ class Entry:
     recipe_json: Any
     parents: tuple[int, ...] = ()
     results: dict[str, Evaluation] = field(default_factory=dict)
+    samples: dict[str, Evaluation] = field(default_factory=dict)
 
     def scores(self, split: str) -> Scores | None:
         """Scores on a split, None where it was not scored there or failed."""
         result = self.results.get(split)
         return None if result is None else result.scores
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What a generation was scored on: `items` of each rung, how many `members` began and went on, and the split-half
+    rank correlation of its first rung (NaN where there were too few members)."""
+
+    stage: int
+    group: int
+    items: tuple[int, ...]
+    members: tuple[int, ...]
+    correlation: float
 
 
 @dataclass(frozen=True)
@@ -64,6 +80,10 @@ class History:
     """How often winners were scored on the report split: once, and once more for each extension."""
     cached: int
     """Candidates answered from earlier scores."""
+    samples: Mapping[str, ItemSet] = field(default_factory=dict)
+    """Name -> positions in the search split's items, of the samples that generations were scored on."""
+    evaluated: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    """Split -> item evaluations, samples among those of search; what earlier scores answered is not counted."""
 
     @classmethod
     def read(cls, path: str | Path) -> Self:
@@ -89,11 +109,21 @@ class History:
         entries: dict[int, Entry] = {}
         metrics = needed_metrics(experiment)
         final = None
+        samples: dict[str, ItemSet] = {}
+        places: dict[str, dict[str, int]] = {}
+        seen: dict[str, dict[str, set[str]]] = {}
+        evaluated = dict.fromkeys(SPLITS, 0)
         looks = cached = 0
         for e in events:
             if e["kind"] == "items":
-                names[e["id"]] = e["name"]
-                item_ids[e["name"]] = {str(t): [str(i) for i in ids] for t, ids in e["ids"].items()}
+                name = names[e["id"]] = str(e["name"])
+                item_ids[name] = {str(t): [str(i) for i in ids] for t, ids in e["ids"].items()}
+                if name == "search":
+                    places = {t: {i: n for n, i in enumerate(ids)} for t, ids in item_ids[name].items()}
+                elif name not in SPLITS:
+                    samples[name] = ItemSet(
+                        name, {t: tuple(places[t][i] for i in x) for t, x in item_ids[name].items()}
+                    )
             elif e["kind"] == "asked":
                 entries[e["id"]] = Entry(
                     _typed(e, "id", int),
@@ -108,20 +138,37 @@ class History:
                 )
             elif e["kind"] == "told":
                 result = Evaluation(str(e["status"]), scores_from_json(e["scores"]), str(e["reason"]))
-                counts = {t: len(ids) for t, ids in item_ids[names[e["items"]]].items()}
+                name = names[e["items"]]
+                counts = {t: len(ids) for t, ids in item_ids[name].items()}
                 if not whole(result.status, result.scores, counts, metrics):
                     raise ValueError(f"candidate {e['id']} has no result on these items")
-                entries[e["id"]].results[names[e["items"]]] = result
-                cached += bool(e.get("cached")) and names[e["items"]] == "search"
+                entry = entries[e["id"]]
+                (entry.samples if name in samples else entry.results)[name] = result
+                cached += bool(e.get("cached")) and name not in ("select", "report")
+                for task, ids in item_ids[name].items() if not e.get("cached") else ():
+                    known = seen.setdefault(entry.recipe_id, {}).setdefault(task, set())
+                    evaluated["search" if name in samples else name] += len({*ids} - known)
+                    known.update(ids if result.ok else ())
             elif e["kind"] == "final":
                 final = {**e, "winner": entries[e["winner"]].id, "finalists": [entries[i].id for i in e["finalists"]]}
                 if "front" in e:
                     final["front"] = [entries[i].id for i in e["front"]]
                 looks += 1
         manifest = Manifest.from_json(events[0]["manifest"])
-        stopped = events[-1]["kind"] == "stop"
         return cls(
-            path, experiment, manifest, events[0]["dtype"], events[0], entries, item_ids, final, stopped, looks, cached
+            path,
+            experiment,
+            manifest,
+            events[0]["dtype"],
+            events[0],
+            entries,
+            {s: ids for s, ids in item_ids.items() if s not in samples},
+            final,
+            events[-1]["kind"] == "stop",
+            looks,
+            cached,
+            samples,
+            evaluated,
         )
 
     # -- candidates ---------------------------------------------------------------------------------------
@@ -172,12 +219,42 @@ class History:
 
     def objective(self, split: str) -> Objective | None:
         """The objective with its references on a split, None before the baselines are scored there."""
-        scores = {n: e.scores(split) for n, e in self.baselines.items()}
+        scores = {n: s for n, e in self.baselines.items() if (s := e.scores(split)) is not None}
         base = scores.pop(self.manifest.base, None)
-        if base is None:
-            return None
-        others = {n: s for n, s in scores.items() if s is not None}
-        return Objective.bind(fitness_of(self.experiment), base, others)
+        return None if base is None else Objective.bind(fitness_of(self.experiment), base, scores)
+
+    def losses_on(self, items: ItemSet) -> Callable[[Scores], Losses]:
+        """Scores on some of the search split's items -> losses, with the references on the same items."""
+        whole = ItemSet("search", {t: tuple(range(len(ids))) for t, ids in self.item_ids["search"].items()})
+        scores = {n: taken(s, whole, items) for n, e in self.baselines.items() if (s := e.scores("search")) is not None}
+        base = scores.pop(self.manifest.base)
+        return Objective.bind(fitness_of(self.experiment), base, scores).losses
+
+    @cached_property
+    def generations(self) -> tuple[Generation, ...]:
+        """The generations that were scored on samples of the items, in order; none where all are scored in full."""
+        out = []
+        for (stage, group), rungs in self._sampled().items():
+            items, scored = rungs[0]
+            scores = [r.scores for r in scored if r.scores is not None]
+            rho = split_half(scores, items, (self.experiment.search.seed, stage), group, self.losses_on)
+            sizes = tuple(i.count for i, _ in rungs)
+            out.append(Generation(stage, group, sizes, tuple(len(r) for _, r in rungs), rho))
+        return tuple(out)
+
+    @property
+    def in_full(self) -> int:
+        """Item evaluations that scoring the search split's candidates in full takes; copies are scored once."""
+        size = sum(len(ids) for ids in self.item_ids["search"].values())
+        return size * len({e.recipe_id for e in self.entries.values() if e.samples or "search" in e.results})
+
+    def _sampled(self) -> dict[tuple[int, int], list[tuple[ItemSet, list[Evaluation]]]]:
+        """(stage, group) -> the item set of each rung with the results on it."""
+        out: dict[tuple[int, int], dict[str, list[Evaluation]]] = {}
+        for e in self.entries.values():
+            for name, result in e.samples.items():
+                out.setdefault((e.stage, e.group), {}).setdefault(name, []).append(result)
+        return {at: [(self.samples[n], r) for n, r in rungs.items()] for at, rungs in out.items()}
 
     @cached_property
     def objectives(self) -> dict[str, Objective | None]:
@@ -190,10 +267,12 @@ class History:
         return tuple(g.name for g in fitness_of(self.experiment).goals)
 
     def losses(self, entry: Entry, split: str) -> Losses:
-        """A candidate's losses on a split, shape (n_objectives,); +inf where it failed, NaN where not scored."""
-        if split not in entry.results:
+        """A candidate's losses on a split or sample, shape (n_objectives,); +inf where failed, NaN where unscored."""
+        if split in entry.samples and (sampled := entry.samples[split].scores) is not None:
+            return self.losses_on(self.samples[split])(sampled)
+        if split not in entry.results and split not in entry.samples:
             return np.full(len(self.goals), math.nan)
-        scores, objective = entry.scores(split), self.objectives[split]
+        scores, objective = entry.scores(split), self.objectives.get(split)
         return np.full(len(self.goals), math.inf) if scores is None or objective is None else objective.losses(scores)
 
     def loss(self, entry: Entry, split: str) -> float:

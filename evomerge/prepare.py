@@ -10,10 +10,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from evomerge.budget import Allowance
-from evomerge.config import Budget, Experiment, Stage, StagedSpec, Workers
+from evomerge.config import Budget, Experiment, Search, Stage, StagedSpec, Workers
 from evomerge.errors import UserError
 from evomerge.fitness import FitnessSpec
+from evomerge.items import POLICIES, make_policy
 from evomerge.layer_swap import LayerSwapSpace
 from evomerge.manifest import Manifest
 from evomerge.proposal import ItemSet
@@ -22,7 +25,7 @@ from evomerge.schema import validated
 from evomerge.score.plan import Plan, PlanShape, Target, item_sets
 from evomerge.search import ALGORITHMS, needs_of, settings_of
 from evomerge.search.auto import AUTO, Problem, choose
-from evomerge.search.base import Column, Geometry
+from evomerge.search.base import Column, Geometry, Needs
 from evomerge.search.cmaes import default_population
 from evomerge.space import RuleSpace, SearchSpace, SpaceSpec
 from evomerge.tasks import Task
@@ -195,6 +198,7 @@ def prepare(
     budget = began_with or experiment.search.budget
     allowance = Allowance.of(budget, experiment.stages, item_sets(plans)["search"].count)
     experiment, picked = with_algorithms(experiment, spaces, allowance)
+    check_algorithms(experiment)  # what auto picked
     if began_with is None:
         check_populations(experiment, spaces, allowance)
     folders = {n: c.path for n, c in pool.checkpoints.items()}
@@ -262,8 +266,18 @@ def _stage(n: int, stages: Sequence[Stage]) -> str:
     return f"stage {n + 1}: " if len(stages) > 1 else ""
 
 
+def allowance_of(budget: Budget, prepared: Prepared) -> Allowance:
+    """A budget cut into the stages of an experiment. Raises UserError where one of them could not begin."""
+    spec, whole = prepared.experiment.search.items, prepared.items["search"]
+    price = make_policy(spec, whole, (0, 0), lambda _: lambda _: np.zeros(1)).price
+    return Allowance.of(budget, prepared.stages, price, sampled=spec != "full")
+
+
 def check_algorithms(experiment: Experiment) -> None:
-    """Raises UserError where an algorithm cannot have the number of objectives, or a lag; `auto` picks one that can."""
+    """Raises UserError where an algorithm cannot have the number of objectives, a lag, or the policy of items.
+
+    `auto` picks one that can.
+    """
     goals = [g.name for g in fitness_of(experiment).goals]
     for stage in experiment.stages:
         if experiment.is_auto(stage):
@@ -272,6 +286,7 @@ def check_algorithms(experiment: Experiment) -> None:
         needs = needs_of(name)
         if experiment.search.lag is not None and not needs.steady:
             raise UserError(f"search.lag: {name} learns from whole generations and has no steady state; drop lag")
+        check_items(experiment.search, name, needs)
         able = [a for a in ALGORITHMS if needs_of(a).objectives in ("any", "one" if len(goals) == 1 else "several")]
         if needs.objectives == "one" and len(goals) > 1:
             raise UserError(
@@ -291,6 +306,19 @@ def check_algorithms(experiment: Experiment) -> None:
                             f"search: {name} compares models item by item, but task {task.name!r} scores a model as "
                             "a whole; leave it out of the objective"
                         )
+
+
+def check_items(search: Search, algorithm: str, needs: Needs) -> None:
+    """Raises UserError where the losses that a policy of items gives are no use to an algorithm."""
+    policy = search.items if isinstance(search.items, str) else search.items.policy
+    if policy not in POLICIES[needs.scope]:
+        able = [a for a in ALGORITHMS if policy in POLICIES[needs_of(a).scope]]
+        raise UserError(
+            f"search.items: {algorithm} compares candidates across generations, which {policy} items do not allow; "
+            f"use items: full, or {' or '.join(able)}"
+        )
+    if policy != "full" and search.lag is not None:
+        raise UserError(f"search.lag: {policy} items are common to a generation, steady state has none; drop one")
 
 
 def load_items(tasks: Sequence[Task], allow: Allowed) -> dict[str, tuple[Item, ...]]:

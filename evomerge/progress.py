@@ -30,8 +30,8 @@ class Progress(Protocol):
         """One evaluation is in the journal."""
         ...
 
-    def kept(self, proposal: int, role: str, losses: Losses, e: Evaluation) -> None:
-        """One candidate of the search split has its losses."""
+    def kept(self, proposal: int, role: str, losses: Losses, e: Evaluation, *, whole: bool = True) -> None:
+        """One candidate of the search split has its losses, over all items or (not `whole`) a sample of them."""
         ...
 
     def note(self, text: str) -> None:
@@ -52,7 +52,7 @@ class Silent:
     def scored(self, role: str, items: ItemSet, e: Evaluation) -> None:
         """Nothing."""
 
-    def kept(self, proposal: int, role: str, losses: Losses, e: Evaluation) -> None:
+    def kept(self, proposal: int, role: str, losses: Losses, e: Evaluation, *, whole: bool = True) -> None:
         """Nothing."""
 
     def note(self, text: str) -> None:
@@ -72,6 +72,8 @@ class Terminal:
         self._total: int | None = None
         self._minutes: float | None = None
         self._searched = 0
+        self._known: set[int] = set()
+        """Candidates that were counted: with sampled items some are scored more than once."""
         self._items = 0
         self._failed = 0
         self._best = math.inf
@@ -87,7 +89,12 @@ class Terminal:
         self._minutes = allowance.budget.minutes
         self._report_metrics = {t.name: t.report_metric for t in prepared.experiment.benchmarks}
         stages = ", ".join(f"{len(s.axes)} axes" for s in prepared.spaces)
-        budget = f"{self._total} candidates" if self._total is not None else f"{self._minutes:g} minutes"
+        if self._minutes is not None:
+            budget = f"{self._minutes:g} minutes"
+        elif self._total is not None:
+            budget = f"{self._total} candidates"
+        else:
+            budget = f"{allowance.budget.item_evaluations:,} item evaluations"
         for text in prepared.notes:
             self.note(text)
         self.note(
@@ -102,18 +109,21 @@ class Terminal:
         self._items += items.count
         if not e.ok:
             self._failed += 1
-        if items.name != "search":
+        if items.name in ("select", "report"):
             self._phase = items.name
             self._draw()
 
-    def kept(self, proposal: int, role: str, losses: Losses, e: Evaluation) -> None:
-        """Follow the best candidate."""
-        if role == "search":
+    def kept(self, proposal: int, role: str, losses: Losses, e: Evaluation, *, whole: bool = True) -> None:
+        """Follow the best candidate of those that were scored on all items."""
+        if role == "search" and proposal not in self._known:
             if self._searched == 0:
                 self._first = time.monotonic()
             self._searched += 1
+            self._known.add(proposal)
         self._phase = role
-        if len(losses) > 1:
+        if not whole:
+            pass
+        elif len(losses) > 1:
             self._follow_front(losses)
         elif losses[0] < self._best and e.scores is not None:
             self._best = float(losses[0])

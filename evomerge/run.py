@@ -21,9 +21,10 @@ from evomerge.commit import Committer
 from evomerge.config import Budget, Experiment
 from evomerge.errors import RunError, UserError
 from evomerge.history import History
+from evomerge.items import behind, make_policy
 from evomerge.journal import Journal
-from evomerge.pareto import compromise, fronts
-from evomerge.prepare import Prepared, fitness_of, make_executor, needed_metrics, prepare
+from evomerge.pareto import compromise, fronts, order
+from evomerge.prepare import Prepared, allowance_of, fitness_of, make_executor, needed_metrics, prepare
 from evomerge.progress import Progress, Silent
 from evomerge.proposal import Evaluation, Genome, Proposal, Result
 from evomerge.rundir import JOURNAL, Before, RunDirectory, before
@@ -31,7 +32,7 @@ from evomerge.schema import validated
 from evomerge.score.plan import PlanShape
 from evomerge.search import make_optimizer, needs_of
 from evomerge.search.base import Start
-from evomerge.session import Candidate, Session
+from evomerge.session import Candidate, Session, references_of
 from evomerge.tasks.base import NOTHING, Allowed
 
 VIOLATED = 1e6
@@ -70,7 +71,7 @@ def search(
     experiment, earlier = prepared.experiment, before(out)
     facts, extensions = run_facts(prepared, earlier, out, progress)
     budget = Budget.model_validate(facts["budget"])
-    allowance = Allowance.of(budget, prepared.stages, prepared.items["search"].count)
+    allowance = allowance_of(budget, prepared)
 
     with (
         RunDirectory(out) as rundir,
@@ -107,15 +108,15 @@ def score_baselines(s: Session) -> None:
         for name, recipe in s.prepared.baselines().items()
     ]
     scored = s.score(group, items)
-    s.objective = s.bind(scored)
-    if s.objective is None:
+    s.references = references_of(scored)
+    if s.references is None:
         reason = next(f"{e.status}: {e.reason}" for _, e in scored if not e.ok)
         raise RunError(f"the base itself could not be scored ({reason}); check the model and the tasks")
     given = [
         s.ask(Proposal(next(s.ids), 0, recipe=recipe), stage=-1, role="given") for recipe in s.prepared.given_recipes()
     ]
     for candidate, evaluation in [*scored, *s.score(given, items)]:
-        s.keep(candidate, evaluation)
+        s.keep(candidate, evaluation, items)
 
 
 class StageRun:
@@ -144,37 +145,87 @@ class StageRun:
             lag=experiment.search.lag,
         )
         self.optimizer = make_optimizer(algorithm, space.axes, begin, rng, s.ids, options)
+        self.policy = make_policy(experiment.search.items, s.whole, (experiment.search.seed, n), s.losses_on)
+        self.latest: dict[int, dict[int, Result]] = {}
+        """What was told of the last two generations, by number and candidate."""
 
     def advance(self, allowance: Allowance) -> None:
         """Ask, evaluate, tell, until the budget is spent or the algorithm stops; then score its mean.
 
         By generations, or in steady state with a fixed lag: then a new proposal is asked whenever the oldest
-        outstanding one is told, so what it sees does not depend on who finished first.
+        outstanding one is told, so what it sees does not depend on who finished first. Where candidates were scored on
+        samples of the items, the best of the last generation are scored in full together with the mean.
         """
-        s, items = self.s, self.s.prepared.items["search"]
+        s = self.s
         lag = s.prepared.experiment.search.lag
         outstanding: deque[Candidate] = deque()
         recent: list[Evaluation] = []
         while True:
-            asked = sum(c.role == "search" for c in s.candidates) + len(outstanding)
-            left = 0 if self.optimizer.stop() else allowance.left(self.n, asked, s.journal, self.rundir)
+            asked = sum(c.role == "search" for c in s.candidates.values()) + len(outstanding)
+            left = 0
+            if not self.optimizer.stop():
+                price = self.policy.price
+                left = allowance.left(self.n, asked, s.journal, self.rundir, spent=s.spent, price=price)
             room = left if lag is None else min(left, lag - len(outstanding))
             group = [s.ask(p, stage=self.n, role="search") for p in self._proposals(room, lag)]
-            s.submit(group, items)
             outstanding += group
             if not outstanding:
                 break
+            items = self.policy.first(outstanding[0].proposal.group)
+            s.submit(group, items)
+            before = s.committer.evaluated
+            members, results = [], {}
             for _ in range(len(outstanding) if lag is None else 1):
                 candidate = outstanding.popleft()
                 fresh = not s.journal.replaying
                 evaluation = s.commit(candidate, items)
-                self.optimizer.tell(candidate.proposal, self._told(s.keep(candidate, evaluation)))
+                members.append(candidate)
+                results[candidate.id] = self._told(s.keep(candidate, evaluation, items))
                 recent.append(evaluation if fresh else Evaluation("ok"))
+            results = self._on_more_items(members, results)
+            for candidate in members:
+                self.optimizer.tell(candidate.proposal, results[candidate.id])
+            s.spent += s.committer.evaluated - before
             # A single candidate that fails says nothing about the run.
             stop_where_most_fail(recent, max(len(group), 4) if lag is None else 2 * lag)
         means = [s.ask(p, stage=self.n, role="mean") for p in self.optimizer.recommend(1)]
-        for candidate, evaluation in s.score(means, items):
-            s.keep(candidate, evaluation)
+        for candidate, evaluation in s.score([*self._best_of_latest(), *means], s.whole):
+            s.keep(candidate, evaluation, s.whole)
+
+    def _on_more_items(self, members: list[Candidate], results: dict[int, Result]) -> dict[int, Result]:
+        """Results of a generation's members after all rungs that the policy asks for, comparable with one another.
+
+        Losses on different items do not compare, so whoever stopped on a rung comes behind all that went on.
+        """
+        s, group = self.s, members[0].proposal.group
+        stopped: list[dict[int, Result]] = []
+        while wanted := self.policy.more(group, len(stopped), results):
+            rung = len(stopped) + 1
+            stopped.append({i: r for i, r in results.items() if i not in wanted})
+            climbing = [c for c in members if c.id in wanted]
+            for c in climbing:
+                s.submit([c], wanted[c.id], rung=rung)
+            scored = [(c, s.commit(c, wanted[c.id], rung=rung)) for c in climbing]
+            results = {c.id: self._told(s.keep(c, e, wanted[c.id])) for c, e in scored}
+        for rest in reversed(stopped):
+            moved = behind({i: r.losses for i, r in rest.items()}, [r.losses for r in results.values()])
+            results |= {i: replace(r, losses=moved[i]) for i, r in rest.items()}
+        self.latest.setdefault(group, {}).update(results)
+        self.latest = dict(list(self.latest.items())[-2:])
+        return results
+
+    def _best_of_latest(self) -> list[Candidate]:
+        """The best of the last generation that are not scored on all items yet, as many as finalists are wanted.
+
+        Of the one before it where the budget cut the last one short.
+        """
+        s = self.s
+        latest = max(reversed(self.latest.values()), key=len, default={})
+        able = [i for i, r in latest.items() if np.isfinite(r.losses).all()]
+        if not able:
+            return []
+        best = order(np.array([latest[i].losses for i in able]))[: s.prepared.experiment.search.finalists]
+        return [s.candidates[i] for i in sorted(able[b] for b in best) if not s.candidates[i].whole]
 
     def _told(self, r: Result) -> Result:
         """What the algorithm is told: where it does not know constraints, a loss above all that keep them."""
@@ -214,11 +265,13 @@ def conclude(s: Session) -> None:
 def score_probes(s: Session, allowance: Allowance, rundir: RunDirectory) -> None:
     """Score a few telling points before the first stage; a search that starts in the wrong basin stays there."""
     probes = s.prepared.spaces[0].probes()
-    if len(probes) > allowance.left(0, 0, s.journal, rundir) / 4:
+    if len(probes) > allowance.left(0, 0, s.journal, rundir, price=s.whole.count) / 4:
         return
+    before = s.committer.evaluated
     group = [s.ask(Proposal(next(s.ids), 0, genome=g), stage=0, role="search", name="probe") for g in probes]
-    for candidate, evaluation in s.score(group, s.prepared.items["search"]):
-        s.keep(candidate, evaluation)
+    for candidate, evaluation in s.score(group, s.whole):
+        s.keep(candidate, evaluation, s.whole)
+    s.spent += s.committer.evaluated - before
 
 
 def best_start(s: Session, n: int) -> Genome:
@@ -264,7 +317,7 @@ def choose_winner(s: Session) -> list[Candidate]:
 def report_on(s: Session, winners: list[Candidate]) -> None:
     """Score the winner, or the whole front, and the baselines on the report split: the only look at it."""
     chosen = {c.id for c in winners}
-    group = [c for c in s.candidates if c.role == "baseline" or c.id in chosen]
+    group = [c for c in s.candidates.values() if c.role == "baseline" or c.id in chosen]
     s.score(group, s.prepared.items["report"], together=one_device(s))
 
 

@@ -131,6 +131,38 @@ def test_duplicates_are_answered_from_the_journal(committer: Open, tmp_path: Pat
     assert {t: len(c["accuracy"]) for t, c in whole.scores.items()} == {"a": 4, "b": 2}
 
 
+def test_only_missing_items_are_evaluated(committer: Open, tmp_path: Path) -> None:
+    """All items behind some of them: the others alone go out, also after a resume, and the result is whole."""
+    c = committer()
+    part = commit(c, 0, RECIPES[0], PARTS[0])
+    whole = commit(c, 0, RECIPES[0], ALL)
+    assert (c.evaluated, Counting.seen) == (6, [(0, "first"), (0, "all")])
+    events, _ = read(tmp_path / "run" / "journal.jsonl")
+    c = committer()
+
+    assert part.scores is not None
+    assert whole.scores is not None
+    assert same(commit(c, 0, RECIPES[0], PARTS[0]), part)
+    assert same(commit(c, 0, RECIPES[0], ALL), whole)
+    assert (c.evaluated, len(Counting.seen)) == (6, 2)
+    place = [ALL.tasks["a"].index(p) for p in PARTS[0].tasks["a"]]
+    assert np.array_equal(whole.scores["a"]["accuracy"][place], part.scores["a"]["accuracy"])
+    assert [e["items"] for e in events] == [PARTS[0].id, ALL.id]
+
+
+def test_missing_items_are_counted_by_scores() -> None:
+    """Nothing is known: all; a part is: the rest, in order; a failure: all."""
+    cache = ScoreCache()
+
+    assert cache.missing("r", ALL) is ALL
+    cache.add("r", PARTS[1], Evaluation("failed:nan", reason="no"))
+    assert cache.missing("r", ALL) is ALL
+    cache.add("r", PARTS[0], scored(PARTS[0]))
+    assert cache.missing("r", ALL).tasks == {"a": (1, 2), "b": (7,)}
+    cache.add("r", ALL, scored(ALL))
+    assert cache.missing("r", ALL).count == 0
+
+
 def test_equal_recipes_of_one_group(committer: Open) -> None:
     """Of equal recipes in one group the first is evaluated, the others are answered from it."""
     c = committer()

@@ -145,6 +145,32 @@ KINDS: Mapping[str, tuple[str, str, float, float]] = {
 """Colour, symbol, size and opacity by kind of point, in the order of drawing."""
 
 
+def samples(generations: Sequence[tuple[int, int, float]], threshold: float | None) -> Figure:
+    """Items by generation (stage, items, split-half rank correlation), the correlation below on an axis of its own."""
+    x = list(range(1, len(generations) + 1))
+    items, rho = [n for _, n, _ in generations], [r if math.isfinite(r) else None for _, _, r in generations]
+    hover = [[f"stage {stage + 1}"] for stage, _, _ in generations]
+    template = "generation %{x}, %{customdata[0]}<br>%{y}<extra></extra>"
+    common = {"type": "scatter", "mode": "lines+markers", "x": x, "customdata": hover, "hovertemplate": template}
+    data = [
+        {**common, "name": "items", "y": items, "line": {"color": PALETTE[0], "shape": "hv"}},
+        {**common, "name": "split-half rank correlation", "y": rho, "yaxis": "y2", "line": {"color": PALETTE[1]}},
+    ]
+    level = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "yref": "y2", "y0": threshold, "y1": threshold}
+    line = {"color": GREY, "width": 1, "dash": "dot"}
+    return {
+        "data": data,
+        "layout": {
+            "height": 380,
+            "xaxis": {"title": {"text": "generation"}, "anchor": "y2"},
+            "yaxis": {"title": {"text": "items"}, "domain": [0.54, 1], "rangemode": "tozero"},
+            "yaxis2": {"title": {"text": "correlation"}, "domain": [0, 0.46], "range": [-1.05, 1.05]},
+            "shapes": [] if threshold is None else [{**level, "line": line}],
+            "showlegend": True,
+        },
+    }
+
+
 def _marks(
     name: str, points: Sequence[Point], x: Sequence[float], y: Sequence[float], marker: Figure, **more: Any
 ) -> Figure:

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from evomerge.config import AdaptiveItems
 from evomerge.errors import UserError
 from evomerge.files import replace_file
 from evomerge.history import Entry, History
@@ -29,7 +30,7 @@ from evomerge.report import figures, html
 from evomerge.report.coefficients import by_block, coefficient_maps
 from evomerge.report.front import front, progress
 from evomerge.report.results import MEAN, Comparison, Results, Score, cells, p_text, results
-from evomerge.report.status import candidate, candidate_text, status_of
+from evomerge.report.status import candidate, candidate_text, sampled_text, status_of
 from evomerge.rundir import EXPERIMENT, TELEMETRY, read_telemetry
 from evomerge.tasks.base import SPLITS, Direction
 
@@ -583,18 +584,32 @@ def _by_split(history: History) -> list[str]:
 def _items(history: History, state: Mapping[str, Any]) -> list[str]:
     splits = [s for s in SPLITS if s in history.item_ids]
     sizes = {s: {t: len(ids) for t, ids in history.item_ids[s].items()} for s in splits}
-    done = {s: [r for e in history.entries.values() for n, r in e.results.items() if n == s] for s in splits}
+    done = {
+        s: sum(s in e.results or (s == "search" and bool(e.samples)) for e in history.entries.values()) for s in splits
+    }
     rows = [[t.name, *(f"{sizes[s].get(t.name, 0):,}" for s in splits)] for t in history.experiment.tasks]
     totals = {s: sum(sizes[s].values()) for s in splits}
     rows += [
         ["all tasks", *(f"{totals[s]:,}" for s in splits)],
-        ["candidates scored", *(f"{len(done[s]):,}" for s in splits)],
-        ["item evaluations", *(f"{len(done[s]) * totals[s]:,}" for s in splits)],
+        ["candidates scored", *(f"{done[s]:,}" for s in splits)],
+        ["item evaluations", *(f"{history.evaluated[s]:,}" for s in splits)],
     ]
     text = f"{state['items']:,} item evaluations in all."
     if history.cached:
         text += f" {history.cached:,} candidates were answered from earlier scores, without an evaluation."
-    return [html.table(["items", *splits], rows), html.text(text)]
+    parts = [html.table(["items", *splits], rows), html.text(text)]
+    if state["sampled"] is None:
+        return parts
+    line = sampled_text(state["sampled"])
+    note = (
+        "The split-half rank correlation says how far two halves of a generation's items agree on the order of its "
+        "members: near 0 the search learns from noise. Losses on samples compare within their generation only, so "
+        "the progress above shows those candidates alone that were scored on all items."
+    )
+    spec = history.experiment.search.items
+    threshold = spec.threshold if isinstance(spec, AdaptiveItems) else None
+    figure = figures.samples([(g.stage, g.items[0], g.correlation) for g in history.generations], threshold)
+    return [*parts, html.text(f"{line[0].upper()}{line[1:]}."), html.figure(figure), html.note(note)]
 
 
 def _failures(history: History) -> list[str]:

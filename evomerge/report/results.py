@@ -209,6 +209,11 @@ def text_table(history: History, split: str = "report") -> str:
             f"winner is candidate {r.winner}: mean {o['search']:.3f} on search, {o['select']:.3f} on select, "
             f"{o['report']:.3f} on report (optimism {o['search'] - o['report']:+.3f})",
         ]
+    if history.generations:
+        used, full = history.evaluated["search"], history.in_full
+        lines.append(
+            f"sampled items: {used:,} of the {full:,} item evaluations of full scoring on search ({used / full:.0%})"
+        )
     lines += warnings_on(history, r)
     if r.looks > 1:
         lines.append(f"the report split was looked at {r.looks} times, once for each budget")

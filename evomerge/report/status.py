@@ -25,24 +25,24 @@ def status(path: Path) -> dict[str, Any]:
 def status_of(h: History) -> dict[str, Any]:
     """Progress of a run that was read already."""
     searched = [e for e in h.entries.values() if e.role == "search"]
-    results = [(e, s, r) for e in h.entries.values() for s, r in e.results.items()]
+    results = [r for e in h.entries.values() for r in (*e.results.values(), *e.samples.values())]
     failures: dict[str, int] = {}
-    for _, _, r in results:
+    for r in results:
         if not r.ok:
             failures[r.status] = failures.get(r.status, 0) + 1
     losses = {e.id: h.losses(e, "search") for e in h.entries.values() if e.scores("search") is not None}
     losses = {i: x for i, x in losses.items() if np.isfinite(x).all()}
     best = list(losses)[int(order(np.array(list(losses.values())))[0])] if losses else None
     lines = [t for t in read_telemetry(h.path / TELEMETRY) if "proposal" in t]
-    sizes = {s: sum(len(i) for i in ids.values()) for s, ids in h.item_ids.items()}
     phase = "finished" if h.stopped else "final" if h.final else "searching" if searched else "baselines"
     return {
         "name": h.experiment.name,
         "phase": phase,
         "budget": h.experiment.search.budget.model_dump(exclude_none=True),
         "candidates": len(searched),
-        "scored": sum("search" in e.results for e in searched),
-        "items": sum(sizes[s] for _, s, _ in results),
+        "scored": sum("search" in e.results or bool(e.samples) for e in searched),
+        "items": sum(h.evaluated.values()),
+        "sampled": _sampled(h),
         "failures": failures,
         "best": best,
         "best_loss": None if best is None or len(h.goals) > 1 else float(losses[best][0]),
@@ -61,6 +61,29 @@ def status_of(h: History) -> dict[str, Any]:
     }
 
 
+def _sampled(h: History) -> dict[str, Any] | None:
+    """Items used on the search split against full scoring, and the last generation; None where all are scored."""
+    if not h.generations:
+        return None
+    last = h.generations[-1]
+    return {
+        "used": h.evaluated["search"],
+        "in_full": h.in_full,
+        "generations": len(h.generations),
+        "items": last.items[0],
+        "correlation": last.correlation if math.isfinite(last.correlation) else None,
+    }
+
+
+def sampled_text(s: dict[str, Any]) -> str:
+    """One line for people."""
+    rho = "" if s["correlation"] is None else f" with a split-half rank correlation of {s['correlation']:.2f}"
+    return (
+        f"sampled items: {s['used']:,} of the {s['in_full']:,} item evaluations of full scoring on search "
+        f"({s['used'] / s['in_full']:.0%}); the last of {s['generations']} generations had {s['items']}{rho}"
+    )
+
+
 def _left(h: History, scored: int, lines: list[dict[str, Any]]) -> float | None:
     """Seconds to the end of the budget at the pace so far; None where there is no pace yet."""
     if not lines or not scored:
@@ -69,6 +92,8 @@ def _left(h: History, scored: int, lines: list[dict[str, Any]]) -> float | None:
     budget = h.experiment.search.budget
     if budget.minutes is not None:
         return max(0.0, budget.minutes * 60 - float(gone))
+    if h.generations and budget.item_evaluations is not None:
+        return max(0.0, gone * (budget.item_evaluations / max(h.evaluated["search"], 1) - 1))
     per_candidate = sum(len(ids) for ids in h.item_ids.get("search", {}).values())
     total = budget.evaluations or (budget.item_evaluations or 0) // max(per_candidate, 1)
     return max(0.0, gone / scored * (total - scored))
@@ -109,6 +134,8 @@ def status_text(s: dict[str, Any]) -> str:
         f"{s['name']}: {s['phase']}; {s['scored']} of {s['candidates']} asked candidates scored (budget {budget})",
         f"{s['items']:,} item evaluations in {s['run_seconds']:.0f} s",
     ]
+    if s["sampled"] is not None:
+        lines.append(sampled_text(s["sampled"]))
     if s["front"] is not None:
         lines.append(f"{s['front']} candidates on the front of the search split")
     elif s["best"] is not None:
@@ -136,7 +163,7 @@ def candidate(history: History, number: int) -> dict[str, Any]:
     """One candidate: recipe, losses and mean scores by split."""
     entry = history.entry(number)
     splits = {}
-    for split, result in entry.results.items():
+    for split, result in {**entry.samples, **entry.results}.items():
         losses = history.losses(entry, split).tolist()
         means: dict[str, Any] = {}
         if result.scores is not None:

@@ -17,13 +17,14 @@ from evomerge.proposal import Genome, Proposal, Result
 class Needs:
     """What an optimizer asks of the driver.
 
-    `scope`: within which set of proposals losses must be comparable (scored on the same items).
+    `scope`: within which set of proposals losses must be comparable (scored on the same items): those of a
+    generation; all that were told (archive); or whole ones, as only the best seen counts (best).
     """
 
     objectives: Literal["one", "several", "any"] = "one"
     axis_kinds: frozenset[str] = frozenset({"float", "int", "categorical"})
     per_item_scores: bool = False
-    scope: Literal["generation", "archive"] = "generation"
+    scope: Literal["generation", "archive", "best"] = "generation"
     constraints: bool = False
     """Whether it looks at `Result.violation` itself."""
     proposes: Literal["genomes", "recipes"] = "genomes"

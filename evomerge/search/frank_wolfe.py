@@ -35,7 +35,7 @@ class Options:
 class FrankWolfe:
     """A round scores a step towards every corner; the best of them is the next point where it improves."""
 
-    needs = Needs(proposes="recipes")
+    needs = Needs(proposes="recipes", scope="archive")
 
     def __init__(
         self,

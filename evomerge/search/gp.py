@@ -40,7 +40,7 @@ class Options:
 class Gp:
     """Asked in groups; a group sees everything that was told before it."""
 
-    needs = Needs(constraints=True, objectives="any")
+    needs = Needs(constraints=True, objectives="any", scope="archive")
 
     def __init__(
         self,

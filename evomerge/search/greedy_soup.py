@@ -26,7 +26,7 @@ class Options:
 class GreedySoup:
     """First every expert alone, then one addition at a time."""
 
-    needs = Needs(proposes="recipes")
+    needs = Needs(proposes="recipes", scope="archive")
 
     def __init__(
         self,

@@ -224,7 +224,7 @@ class Options:
 class Niches:
     """Steady state: one child a step, or as many under way as the run's lag says."""
 
-    needs = Needs(per_item_scores=True, proposes="recipes", steady=True, geometry=True)
+    needs = Needs(scope="archive", per_item_scores=True, proposes="recipes", steady=True, geometry=True)
 
     def __init__(
         self,

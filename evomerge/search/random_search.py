@@ -30,7 +30,7 @@ class Options:
 class RandomSearch:
     """Uniform proposals; the first one is the start. Recommends the best seen."""
 
-    needs = Needs(objectives="any", steady=True)
+    needs = Needs(objectives="any", steady=True, scope="best")
 
     def __init__(
         self,

@@ -38,7 +38,7 @@ class Options:
 class Tpe:
     """Asked in groups, or in steady state."""
 
-    needs = Needs(constraints=True, objectives="any", steady=True)
+    needs = Needs(constraints=True, objectives="any", steady=True, scope="archive")
 
     def __init__(
         self,

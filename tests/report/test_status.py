@@ -73,6 +73,7 @@ def test_failures_are_counted_by_kind() -> None:
         "cached": 2,
         "looks": 0,
         "front": None,
+        "sampled": None,
         "workers": [],
     }
 
