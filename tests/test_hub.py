@@ -237,7 +237,7 @@ def test_a_run_names_commits(
     data["models"] = {"base": "public/tiny@v1", "experts": {"one": "public/tiny"}}
     for task in data["fitness"]["tasks"]:
         task["splits"] = {s: str(small_experiment.parent / f) for s, f in task["splits"].items()}
-    data["search"]["budget"] = {"evaluations": 2}
+    data["search"]["budget"] = {"evaluations": 4}
     out = tmp_path / "run"
     run(load(data), out)
     commits = {"base": f"public/tiny@{OLD}", "experts": {"one": f"public/tiny@{NEW}"}}
@@ -246,7 +246,7 @@ def test_a_run_names_commits(
     models.repos["public/tiny"].revisions["main"] = OLD
     models.asked.clear()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    history = run(load_resolved(out, {"search.budget.evaluations": 3}), out)
+    history = run(load_resolved(out, {"search.budget.evaluations": 5}), out)
     assert load_yaml(out / "experiment.yaml")["models"] == commits
     pool, manifest = open_recipe_pool(history.winner, History.read(out).source_paths())
     merged = write_hf(tmp_path / "merged", history.winner, pool, manifest)
