@@ -22,7 +22,7 @@ test: install
 
 # Real kills, the wheel outside the checkout, longer searches.
 test-slow: install
-	$(PY) -m pytest -q -m slow --timeout 900
+	$(PY) -m pytest -q -m slow -n 2 --dist worksteal --timeout 900
 
 # Independent implementations in an environment of their own; their outputs are committed as goldens.
 oracle: install .venv-oracle/installed

@@ -46,7 +46,7 @@ def check(experiment: Experiment, allow: Allowed = NOTHING) -> Check:
     """Check everything that `run` checks. Raises UserError with the first thing that is wrong."""
     prepared = prepare(experiment, allow=allow)
     items = prepared.items
-    allowance = allowance_of(experiment.search.budget, prepared)
+    allowance = allowance_of(experiment.search.budget, prepared.experiment, items["search"])
     tokens = sum(p.tokens(p.splits["search"]) for p in prepared.plans.values())
     least = sum(p.least_tokens(p.splits["search"]) for p in prepared.plans.values())
     per_token = 2.0 * prepared.manifest.parameters

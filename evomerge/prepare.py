@@ -196,7 +196,7 @@ def prepare(
     dtype = pool.stored_dtype if experiment.models.dtype == "auto" else experiment.models.dtype
     spaces = bind_spaces(experiment, manifest, dtype)
     budget = began_with or experiment.search.budget
-    allowance = Allowance.of(budget, experiment.stages, item_sets(plans)["search"].count)
+    allowance = allowance_of(budget, experiment, item_sets(plans)["search"])
     experiment, picked = with_algorithms(experiment, spaces, allowance)
     check_algorithms(experiment)  # what auto picked
     if began_with is None:
@@ -266,11 +266,14 @@ def _stage(n: int, stages: Sequence[Stage]) -> str:
     return f"stage {n + 1}: " if len(stages) > 1 else ""
 
 
-def allowance_of(budget: Budget, prepared: Prepared) -> Allowance:
-    """A budget cut into the stages of an experiment. Raises UserError where one of them could not begin."""
-    spec, whole = prepared.experiment.search.items, prepared.items["search"]
+def allowance_of(budget: Budget, experiment: Experiment, whole: ItemSet) -> Allowance:
+    """A budget cut into the stages of an experiment, `whole` being all items of the search split.
+
+    Raises UserError where a stage could not begin.
+    """
+    spec = experiment.search.items
     price = make_policy(spec, whole, (0, 0), lambda _: lambda _: np.zeros(1)).price
-    return Allowance.of(budget, prepared.stages, price, sampled=spec != "full")
+    return Allowance.of(budget, experiment.stages, price, sampled=spec != "full")
 
 
 def check_algorithms(experiment: Experiment) -> None:

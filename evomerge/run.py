@@ -71,7 +71,7 @@ def search(
     experiment, earlier = prepared.experiment, before(out)
     facts, extensions = run_facts(prepared, earlier, out, progress)
     budget = Budget.model_validate(facts["budget"])
-    allowance = allowance_of(budget, prepared)
+    allowance = allowance_of(budget, experiment, prepared.items["search"])
 
     with (
         RunDirectory(out) as rundir,

@@ -17,7 +17,7 @@ from evomerge.history import Entry, History
 from evomerge.licences import Licence, common_licence, licence_of, remarks
 from evomerge.proposal import Scores
 from evomerge.recipe import Recipe
-from evomerge.report.results import MEAN, difference, interval, mean_over_tasks, results, warnings_on
+from evomerge.report.results import MEAN, comparable, difference, interval, mean_over_tasks, results, warnings_on
 
 CARD = "README.md"
 HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w.-]+))?", re.ASCII)
@@ -210,29 +210,33 @@ def _scores(history: History, entry: Entry) -> list[str]:
     own = entry.scores(split)
     assert own is not None
     others = {n: s for n, e in history.baselines.items() if e is not entry and (s := e.scores(split)) is not None}
-    tasks = history.experiment.tasks
+    tasks = history.experiment.benchmarks
+    mean = [MEAN] if comparable(history) else []
     columns = {t.name: own[t.name][t.report_metric] for t in tasks}
-    header = ["model", *(f"{md(t.name)}, {md(t.report_metric)} (n={len(columns[t.name])})" for t in tasks), MEAN]
+    header = ["model", *(f"{md(t.name)}, {md(t.report_metric)} (n={len(columns[t.name])})" for t in tasks), *mean]
     rows = [[f"**{n}**" if s is own else md(n), *_row(history, s)] for n, s in {"this merge": own, **others}.items()]
     lines = [f"On the {split} split, with 95% intervals.", "", *_table(header, rows)]
     if others:
         rows = [[md(n), *_differences(history, own, s)] for n, s in others.items()]
         lines += ["", "This merge minus each, paired by item, with 95% intervals and p-values.", ""]
-        lines += _table(["minus", *(md(t.name) for t in tasks), MEAN], rows)
+        lines += _table(["minus", *(md(t.name) for t in tasks), *mean], rows)
     lines += ["", *(f"- {md(n)}" for n in _notes(history, entry, split))]
     return lines
 
 
 def _row(history: History, scores: Scores) -> list[str]:
-    columns = [scores[t.name][t.report_metric] for t in history.experiment.tasks]
-    cells = [*map(interval, columns), mean_over_tasks(columns)[:3]]
+    columns = [scores[t.name][t.report_metric] for t in history.experiment.benchmarks]
+    cells = list(map(interval, columns))
+    if comparable(history):
+        cells.append(mean_over_tasks(columns)[:3])
     return [f"{score:.3f} \\[{low:.2f}, {high:.2f}\\]" for score, low, high in cells]
 
 
 def _differences(history: History, own: Scores, other: Scores) -> list[str]:
-    pairs = [(own[t.name][t.report_metric], other[t.name][t.report_metric]) for t in history.experiment.tasks]
+    pairs = [(own[t.name][t.report_metric], other[t.name][t.report_metric]) for t in history.experiment.benchmarks]
     cells = [difference(a, b) for a, b in pairs]
-    cells.append(mean_over_tasks([a.astype("float64") - b.astype("float64") for a, b in pairs]))
+    if comparable(history):
+        cells.append(mean_over_tasks([a.astype("float64") - b.astype("float64") for a, b in pairs]))
     return [
         f"{d:+.3f} \\[{low:+.2f}, {high:+.2f}\\], p {'< 0.001' if p < 0.001 else f'= {p:.2g}'}"
         for d, low, high, p in cells

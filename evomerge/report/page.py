@@ -29,7 +29,7 @@ from evomerge.recipe import Recipe
 from evomerge.report import figures, html
 from evomerge.report.coefficients import by_block, coefficient_maps
 from evomerge.report.front import front, progress
-from evomerge.report.results import MEAN, Comparison, Results, Score, cells, p_text, results
+from evomerge.report.results import MEAN, Comparison, Results, Score, cells, comparable, p_text, results
 from evomerge.report.status import candidate, candidate_text, sampled_text, status_of
 from evomerge.rundir import EXPERIMENT, TELEMETRY, read_telemetry
 from evomerge.tasks.base import SPLITS, Direction
@@ -132,7 +132,7 @@ def verdict(history: History, r: Results, state: Mapping[str, Any]) -> str:
     rivals = {c.model: c for c in r.comparisons if c.task == MEAN}
     directions = {*_directions(history).values()}
     if len(directions) > 1 or not rivals:
-        return f"{name} is compared with every baseline below; the tasks' metrics have no common direction."
+        return f"{name} is compared with every baseline below; the tasks' metrics have no common unit."
     sign = 1.0 if directions == {"higher"} else -1.0
     best = max(rivals, key=lambda m: sign * means[m].score)
     c = rivals[best]
@@ -554,6 +554,8 @@ def _by_split(history: History) -> list[str]:
     splits = [s for s in SPLITS if any(s in e.results for e in models.values())]
     if len(splits) < 2:
         return [html.text("Only the search split is scored so far.")]
+    if not comparable(history):
+        return [html.text("The tasks' metrics have different units, so there is no mean to follow between splits.")]
     marks: dict[str, list[figures.Mark | None]] = {}
     for name, e in models.items():
         means = [None if (x := e.scores(s)) is None else cells(history, name, x, s)[-1] for s in splits]

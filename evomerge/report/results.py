@@ -150,17 +150,25 @@ def results(history: History, split: str = "report") -> Results:
         for s in ("search", "select", "report"):
             if (scores := winner.scores(s)) is not None:
                 columns = [scores[t.name][t.report_metric] for t in history.experiment.benchmarks]
-                optimism[s] = mean_over_tasks(columns)[0]
+                if comparable(history):
+                    optimism[s] = mean_over_tasks(columns)[0]
     return Results(table, comparisons, history.winner_id, optimism, history.cached, history.looks)
 
 
+def comparable(history: History) -> bool:
+    """Whether the tasks' report metrics have one unit; else a mean over tasks would add what cannot be added."""
+    return len({t.unit(t.report_metric) for t in history.experiment.benchmarks}) == 1
+
+
 def cells(history: History, model: str, scores: Scores, split: str) -> list[Score]:
-    """A model's row of the table: a cell for each task, then that of their mean."""
+    """A model's row of the table: a cell for each task, then that of their mean where there is one."""
     out, columns = [], []
     for t in history.experiment.benchmarks:
         column = scores[t.name][t.report_metric]
         columns.append(column)
         out.append(Score(model, t.name, t.report_metric, split, *interval(column), len(column)))
+    if not comparable(history):
+        return out
     return [
         *out,
         Score(model, MEAN, _metric(history), split, *mean_over_tasks(columns)[:3], sum(map(len, columns))),
@@ -173,6 +181,8 @@ def _compare(history: History, model: str, winner: Scores, other: Scores, split:
         a, b = winner[t.name][t.report_metric], other[t.name][t.report_metric]
         columns.append(a.astype(np.float64) - b.astype(np.float64))
         out.append(Comparison(model, t.name, t.report_metric, split, *difference(a, b), len(a)))
+    if not comparable(history):
+        return out
     mean, low, high, p = mean_over_tasks(columns)
     return [*out, Comparison(model, MEAN, _metric(history), split, mean, low, high, p, sum(map(len, columns)))]
 
@@ -186,12 +196,16 @@ def text_table(history: History, split: str = "report") -> str:
     r = results(history, split)
     if not r.table:
         return f"nothing is scored on the {split} split yet"
-    tasks = [*(t.name for t in history.experiment.benchmarks), MEAN]
+    tasks = [*(t.name for t in history.experiment.benchmarks), *([MEAN] if comparable(history) else [])]
+    lower = {t.name for t in history.experiment.benchmarks if t.sign(t.report_metric) > 0}
     names = list(dict.fromkeys(s.model for s in r.table))
     cell = {(s.model, s.task): f"{s.score:.3f} [{s.low:.2f}, {s.high:.2f}]" for s in r.table}
     n = {s.task: s.n for s in r.table}
     lines = [f"{_metric(history)} on the {split} split, 95% intervals"]
-    lines += _grid(["model", *(f"{t} (n={n[t]})" for t in tasks)], [[m, *(cell[m, t] for t in tasks)] for m in names])
+    lines += _grid(
+        ["model", *(f"{t} (n={n[t]}{', lower is better' if t in lower else ''})" for t in tasks)],
+        [[m, *(cell[m, t] for t in tasks)] for m in names],
+    )
     if r.comparisons:
         rows = []
         for model in dict.fromkeys(c.model for c in r.comparisons):
@@ -224,24 +238,29 @@ def text_table(history: History, split: str = "report") -> str:
 
 def warnings_on(history: History, r: Results) -> list[str]:
     """What a reader should not overlook: a winner that was there before, or that another model beats here."""
+    out = []
+    for t in history.experiment.benchmarks:
+        own = [s.score for s in r.table if s.task == t.name]
+        if own and not any(own) and t.sign(t.report_metric) < 0:
+            out.append(f"every model scores 0 on {t.name!r}: look at its prompt, what is extracted and what is right")
     if r.winner is None:
-        return []
+        return out
     winner = history.entry(r.winner)
     if winner.role == "baseline":
-        return [f"the search found nothing better than {winner.name!r}, which was there before"]
-    signs = {t.sign(t.report_metric) for t in history.experiment.benchmarks}
-    if len(signs) > 1:  # a mean of scores and losses orders nothing
-        return []
-    sign = signs.pop()
+        return [*out, f"the search found nothing better than {winner.name!r}, which was there before"]
+    if not comparable(history):
+        return [*out, "the tasks' metrics have different units, so there is no mean over them"]
+    sign = history.experiment.benchmarks[0].sign(history.experiment.benchmarks[0].report_metric)
     mean = {s.model: s.score for s in r.table if s.task == MEAN}
     better = [m for m in mean if m != "winner" and sign * mean[m] < sign * mean.get("winner", -sign * math.inf)]
     if not better:
-        return []
+        return out
     best = min(better, key=lambda m: sign * mean[m])
     more = "higher" if sign < 0 else "lower"
     return [
+        *out,
         f"{best!r} has a {more} mean {_metric(history)} ({mean[best]:.3f}) than the winner: the search was too short, "
-        "or its objective (the fitness's metrics, weights and floor) wants something else"
+        "or its objective (the fitness's metrics, weights and floor) wants something else",
     ]
 
 

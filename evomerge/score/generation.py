@@ -101,7 +101,7 @@ class Generation:
             if len(row) + spec.max_tokens > target.limit:
                 raise UserError(
                     f"{item.where}: {len(row)} tokens of prompt and max_tokens {spec.max_tokens} make "
-                    f"{len(row) + spec.max_tokens}; the model takes {target.limit}"
+                    f"{len(row) + spec.max_tokens}; the model takes {target.limit}; lower max_tokens, or drop it"
                 )
             rows.append(row)
         shared = shared_prefix(rows)

@@ -120,7 +120,8 @@ class MultipleChoice:
             longest = len(context) + max(len(c) for c in choices)
             if longest > target.limit:
                 raise UserError(
-                    f"{item.where}: {longest} tokens with its longest choice; the model takes {target.limit}"
+                    f"{item.where}: {longest} tokens with its longest choice; the model takes {target.limit}; "
+                    "shorten or drop it"
                 )
             contexts.append(context)
             answers.append(choices)

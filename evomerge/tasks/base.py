@@ -82,6 +82,8 @@ class TaskSpec(BaseModel):
     """Per-item columns that the kind's scorer gives, and which way is good."""
     benchmark: ClassVar[bool] = True
     """False where the metrics say nothing about how well a model does: no row of result tables, no floor."""
+    shares: ClassVar[frozenset[str]] = frozenset()
+    """Metrics that are shares of a whole, such as accuracy: means over tasks are taken of these, or of one metric."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
     kind: str
@@ -143,6 +145,10 @@ class TaskSpec(BaseModel):
     def directions(self) -> Mapping[str, Direction]:
         """Metric -> which way is good."""
         return self.metrics
+
+    def unit(self, metric: str) -> str:
+        """What a metric counts; only metrics of one unit are averaged over tasks."""
+        return "share" if metric in self.shares else metric
 
     def sign(self, metric: str) -> float:
         """+1 where more of the metric is worse (a loss), -1 where more is better."""
@@ -216,7 +222,11 @@ def disjoint(spec: TaskSpec, items: Mapping[str, list[Item]]) -> tuple[Item, ...
     ids: dict[str, Item] = {}
     for split in SPLITS:
         if not items[split]:
-            raise UserError(f"task {spec.name!r}: the {split} split has no items; give it a larger share or a file")
+            rows, distinct = [i for some in items.values() for i in some], {i.digest for s in items.values() for i in s}
+            copies = f" ({len(rows)} rows are {len(distinct)} distinct items)" if len(distinct) < len(rows) else ""
+            raise UserError(
+                f"task {spec.name!r}: the {split} split has no items{copies}; give it a larger share or a file"
+            )
         for item in items[split]:
             other = owner.setdefault(item.digest, item)
             if other.split != split:
@@ -280,9 +290,9 @@ def _first(row: Row, name: str, options: tuple[str | tuple[str, ...], ...]) -> A
                 return render(option, row)
         elif row.has(option):
             return row.field(option)
-    wanted = ", ".join(repr(o) if isinstance(o, str) else repr(list(o)) for o in options)
+    wanted = " or ".join(repr(o) if isinstance(o, str) else f"all of {', '.join(o)}" for o in options)
     there = ", ".join(map(str, row.fields))[:200]
-    raise row.bad(f"has none of {wanted} (columns: {name}); its fields are {there}")
+    raise row.bad(f"columns.{name} needs {wanted}; its fields are {there}")
 
 
 PLACE = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\}")

@@ -110,6 +110,7 @@ class GenerationSpec(Prompted):
     """Scored by what the model writes behind the prompt, token by token the likeliest (`score/generation.py`)."""
 
     metrics: ClassVar[Mapping[str, Direction]] = {"exact_match": "higher", "tokens": "lower", "stopped": "higher"}
+    shares: ClassVar[frozenset[str]] = frozenset({"exact_match", "stopped"})
 
     kind: Literal["generation"]
     metric: str = Field("exact_match", description="what the search optimises")

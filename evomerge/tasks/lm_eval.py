@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -36,6 +36,8 @@ class Doc:
 
 class LmEvalSpec(TaskSpec):
     """Scored by lm-evaluation-harness on the live candidate (`score/lm_eval.py`)."""
+
+    shares: ClassVar[frozenset[str]] = frozenset({"acc", "acc_norm", "exact_match"})
 
     kind: Literal["lm_eval"]
     task: str = Field(description="lm-eval's name of one task, no group")

@@ -42,6 +42,7 @@ class MultipleChoiceSpec(Prompted):
         "cross_entropy": "lower",
         "answer_loss": "lower",
     }
+    shares: ClassVar[frozenset[str]] = frozenset({"accuracy", "accuracy_norm", "probability"})
 
     kind: Literal["multiple_choice"] = "multiple_choice"
     metric: str = Field("accuracy", description="what the search optimises")
@@ -93,7 +94,10 @@ class MultipleChoiceSpec(Prompted):
     def _choices(self, row: Row) -> list[str]:
         found: Any = row.field(self.choices) if isinstance(self.choices, str) else [row.field(c) for c in self.choices]
         if not isinstance(found, list) or len(found) < 2 or not all(isinstance(c, str) and c for c in found):
-            raise row.bad(f"{self.choices!r} should be a list of two or more texts, got {found!r}"[:200])
+            raise row.bad(
+                f"{self.choices!r} should be a list of two or more texts, got {found!r}"[:200]
+                + "; fields that hold one choice each are named as `choices: [A, B]`"
+            )
         return found
 
     def _gold(self, row: Row, choices: list[str]) -> int:

@@ -20,6 +20,7 @@ from evomerge.report.results import (
     difference,
     interval,
     mean_over_tasks,
+    results,
     text_table,
     warnings_on,
 )
@@ -236,4 +237,30 @@ def test_a_better_model_goes_by_the_metrics_direction(finished_run: Path, metric
 
     [warning] = warnings_on(with_metrics(metric, metric), mine)
     assert warning.startswith(f"{better!r} has a {'higher' if better == 'other' else 'lower'} mean {metric}")
-    assert warnings_on(with_metrics("accuracy", "cross_entropy"), mine) == []
+    [only] = warnings_on(with_metrics("accuracy", "cross_entropy"), mine)
+    assert only == "the tasks' metrics have different units, so there is no mean over them"
+
+
+def test_no_mean_of_different_units(finished_run: Path) -> None:
+    """Accuracy and cross-entropy are not added: no mean in the table, in the comparisons or from split to split."""
+    history = History.read(finished_run)
+    fitness = fitness_of(history.experiment)
+    metrics = ("accuracy", "cross_entropy")
+    tasks = [t.model_copy(update={"report_metric": m}) for t, m in zip(fitness.tasks, metrics, strict=True)]
+    update = {"fitness": fitness.model_copy(update={"tasks": tuple(tasks)})}
+    mixed = replace(history, experiment=history.experiment.model_copy(update=update))
+
+    r = results(mixed)
+    assert MEAN in {s.task for s in results(history).table}
+    assert {s.task for s in r.table} == {c.task for c in r.comparisons} == {"sums", "words"}
+    assert r.optimism == {}
+    assert "words (n=8, lower is better)" in text_table(mixed)
+
+
+def test_a_task_that_nobody_solves_is_told(finished_run: Path) -> None:
+    """Where every model has 0 right, the task is more likely at fault than the models."""
+    history = History.read(finished_run)
+    table = [Score(m, "sums", "accuracy", "report", 0.0, 0.0, 0.3, 9) for m in ("base", "winner")]
+
+    [warning, *_] = warnings_on(history, Results(table, [], None, {}, 0, 1))
+    assert warning.startswith("every model scores 0 on 'sums'")
