@@ -474,10 +474,11 @@ def _import(args: argparse.Namespace) -> int:
     experiment = to_experiment(args.genome, name, args.include_path)
     load(experiment)
     new_file(args.to, to_yaml(experiment, args.genome.name))
+    flag = "--allow-test-set" if args.include_path is None else "--allow-code"
     _print(
         args,
         {"path": str(args.to), "experiment": experiment},
-        lambda: f"wrote {args.to}; read it, then: evomerge check {args.to}",
+        lambda: f"wrote {args.to}; read it, then: evomerge check {args.to} {flag}",
     )
     return 0
 

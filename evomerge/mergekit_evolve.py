@@ -20,7 +20,13 @@ from evomerge.library import located
 from evomerge.schema import validated
 from evomerge.yamlio import dump_yaml, load_yaml
 
-COEFFICIENTS = {"linear": ("weight",), "task_arithmetic": ("weight",), "ties": ("weight", "density")}
+COEFFICIENTS = {
+    "linear": ("weight",),
+    "task_arithmetic": ("weight",),
+    "ties": ("weight", "density"),
+    "dare_ties": ("weight", "density"),
+    "slerp": ("weight",),
+}
 """mergekit-evolve's methods that are searched here too, under the same names, and what it varies of them."""
 FILTERS = {"self_attn": "attention", "mlp": "mlp"}
 """Substring of tensor names -> our module."""
@@ -101,6 +107,13 @@ def to_yaml(experiment: Mapping[str, Any], source: str) -> str:
         "  and report on it;",
         "- tasks are averaged by their weights, not summed, which ranks alike.",
     ]
+    if experiment["search_space"]["method"] == "dare_ties":
+        notes.append("- masks are the same for every candidate (mask_seed), not drawn anew.")
+    if not any("include_path" in t for t in experiment["fitness"]["tasks"]):
+        notes.append(
+            "- as there, tasks are searched on the documents that lm-eval reports on, which takes --allow-test-set; "
+            "better is `data: training` in each task that has such documents."
+        )
     if isinstance(groups, dict) or groups[-1] == OUTSIDE:
         notes.append(
             "- embedding, final norm and head have weights of their own (there: those of the first and the last slice)."
@@ -120,6 +133,8 @@ def _refuse(file: _File, where: str) -> None:
         if g.merge_method == "linear":
             why = "give one that is no model of the average; its config, tokenizer and baseline are needed all the same"
         raise UserError(f"{where}: genome.base_model: {g.base_model or 'missing'}; {why}")
+    if g.merge_method == "slerp" and len({*g.models} - {g.base_model}) != 1:
+        raise UserError(f"{where}: genome.models: slerp is between the base and one other model, got {list(g.models)}")
     for key, wrong, instead in (
         ("genome.smooth", g.smooth, "weights that are interpolated over layers; drop it, or use layer_granularity"),
         ("genome.tokenizer_source", g.tokenizer_source not in (None, "base"), "another tokenizer than the base's"),
@@ -175,12 +190,16 @@ def _space(g: _Genome, base: str, where: str) -> dict[str, Any]:
         "high": HIGHEST_WEIGHT,
         "default": round(1 / len(g.models), 6),
     }
+    if g.merge_method == "slerp":  # between the base and one other the weight is mergekit's t
+        weight = {"low": 0.0, "high": 1.0, "default": 0.5}
     axes: dict[str, Any] = {"weight": weight}
     if "density" in COEFFICIENTS[g.merge_method]:
         axes["density"] = {"low": 0.0001, "high": 1.0, "default": 1.0}
     space: dict[str, Any] = {"method": g.merge_method, "groups": _groups(g, base, where), "axes": axes}
-    if g.merge_method != "task_arithmetic":
+    if g.merge_method in ("linear", "ties"):
         space["params"] = {"normalize": True if g.normalize is None else g.normalize}
+    if g.merge_method == "dare_ties":
+        space["params"] = {"normalize": bool(g.normalize), "rescale": "l1"}
     return space
 
 

@@ -157,14 +157,25 @@ def test_it_can_be_searched(genome: Write, lm_eval_task: Folder, tmp_path: Path)
     assert sum(i.count for i in prepared.items.values()) == 30
 
 
+def test_dare_and_slerp(genome: Write) -> None:
+    """DARE-TIES as mergekit's: a sum, rescaled by L1; SLERP with the base has t as its only weight."""
+    dare = bound(genome(merge_method="dare_ties", normalize=None, layer_granularity=0))
+    assert dare.spec.params == {"normalize": False, "rescale": "l1"}
+    assert [a.name.split(".", 1)[1] for a in dare.axes] == ["all.weight", "all.density"] * 2
+
+    slerp = bound(genome(merge_method="slerp", models=["base", "math"], layer_granularity=2, normalize=None))
+    assert {(a.name.rsplit(".", 1)[1], a.low, a.high) for a in slerp.axes} == {("weight", 0.0, 1.0)}
+    assert len({a.name.split(".")[0] for a in slerp.axes}) == 1, "the other model's only"
+
+
 # -- what is refused ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("keys", "expected"),
     [
-        ({"merge_method": "slerp"}, "genome.merge_method: 'slerp' is not searched here; use linear, task_arith"),
-        ({"merge_method": "dare_ties"}, "genome.merge_method: 'dare_ties'"),
+        ({"merge_method": "della"}, "genome.merge_method: 'della' is not searched here; use linear, task_arith"),
+        ({"merge_method": "slerp"}, "genome.models: slerp is between the base and one other model"),
         ({"base_model": None}, "genome.base_model: missing; differences to it are merged"),
         ({"merge_method": "linear", "base_model": None}, "genome.base_model: missing; give one that is no model of"),
         ({"merge_method": "linear", "base_model": "math"}, "genome.base_model: math; give one that is no model of"),
