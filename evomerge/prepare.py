@@ -200,7 +200,7 @@ def prepare(
     experiment, picked = with_algorithms(experiment, spaces, allowance)
     check_algorithms(experiment)  # what auto picked
     if began_with is None:
-        check_populations(experiment, spaces, allowance)
+        picked = [*picked, *check_populations(experiment, spaces, allowance)]
     folders = {n: c.path for n, c in pool.checkpoints.items()}
     prepared = Prepared(experiment, manifest, dtype, plans, spaces, device, (*picked, *pool.notes()), folders)
     prepared.given_recipes()
@@ -245,8 +245,12 @@ def with_algorithms(
     return experiment.model_copy(update={"search_space": staged, "search": search}), picked
 
 
-def check_populations(experiment: Experiment, spaces: Sequence[SearchSpace], allowance: Allowance) -> None:
-    """Raises UserError where an algorithm would not see the end of its first generation."""
+def check_populations(experiment: Experiment, spaces: Sequence[SearchSpace], allowance: Allowance) -> list[str]:
+    """A note for each stage that ends within its first generation, where the algorithm learns nothing.
+
+    Raises UserError where not even the whole budget would hold that generation.
+    """
+    notes = []
     for n, (stage, space) in enumerate(zip(experiment.stages, spaces, strict=True)):
         name, options = experiment.algorithm_of(stage)
         budget = allowance.of_stage(n)
@@ -255,11 +259,17 @@ def check_populations(experiment: Experiment, spaces: Sequence[SearchSpace], all
             population = default_population(len(space.axes))
         if budget is None or population is None or needs_of(name).steady or population <= budget:
             continue
-        raise UserError(
-            f"search: {_stage(n, experiment.stages)}the population of {name}, {population}, is larger than the budget "
-            f"of {budget} candidates, so it would learn nothing; set a smaller population, raise the budget, or use "
-            "algorithm: auto"
+        where = _stage(n, experiment.stages)
+        if population > sum(allowance.of_stage(k) or 0 for k in range(len(experiment.stages))):
+            raise UserError(
+                f"search: {where}the population of {name}, {population}, is larger than the budget of {budget} "
+                "candidates, so it would learn nothing; set a smaller population, raise the budget, or use "
+                "algorithm: auto"
+            )
+        notes.append(
+            f"{where}{budget} candidates are less than one generation of {name} ({population}): it only samples"
         )
+    return notes
 
 
 def _stage(n: int, stages: Sequence[Stage]) -> str:

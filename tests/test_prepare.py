@@ -131,8 +131,8 @@ def searching(algorithm: str, evaluations: int, **settings: Any) -> dict[str, An
         (searching("cma-es", 5), "the population of cma-es, 6, is larger than the budget of 5"),
         (searching("ga", 12), "set a smaller population, raise the budget"),
         (
-            searching("cma-es", 20, population=12) | stages(WIDE, {"groups": "layers", **WIDE}),
-            "stage 1: the population of cma-es, 12, is larger than the budget of 10",
+            searching("cma-es", 20, population=21) | stages(WIDE, {"groups": "layers", **WIDE}),
+            "stage 1: the population of cma-es, 21, is larger than the budget of 10",
         ),
         (searching("auto", 40, sigma=0.2), "gp has no setting 'sigma'.*auto picked gp.*drop the setting"),
         (searching("auto", 10, population=11, lag=2, sigma=0.2), "tpe has no setting 'sigma'"),
@@ -237,3 +237,12 @@ def test_numerics_name_no_host(experiment_with: With) -> None:
 
     assert set(numerics) == {"torch", "transformers", "numpy", "cma", "threads", "device", "cpu"}
     assert socket.gethostname() not in json.dumps(numerics)
+
+
+def test_a_stage_below_one_generation_is_noted(experiment_with: With) -> None:
+    """A short stage of a long enough search samples only; that is said, not refused."""
+    short = prepare(
+        experiment_with(**searching("cma-es", 20, population=12), **stages(WIDE, {"groups": "layers", **WIDE}))
+    )
+
+    assert "stage 1: 10 candidates are less than one generation of cma-es (12): it only samples" in short.notes

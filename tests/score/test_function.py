@@ -294,7 +294,7 @@ def test_the_example_counts_exact_sums(quickstart: Path) -> None:
 @pytest.mark.slow
 def test_the_example_runs(tmp_path: Path) -> None:
     """A short search with a worker process, beside a multiple-choice task."""
-    experiment = load("exact-sums", {"search.budget": {"evaluations": 4}})
+    experiment = load("exact-sums", {"search.budget": {"evaluations": 6}})
     history = run(experiment, tmp_path / "run", allow=ALLOWED)
 
     assert {e["status"] for e in history.evaluations} == {"ok"}
