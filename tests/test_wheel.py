@@ -87,7 +87,7 @@ def test_installed_wheel_lists_and_checks(installed: Path, away: Path) -> None:
 
 def test_installed_wheel_runs_the_quickstart(installed: Path, away: Path) -> None:
     """A short search on the real models, with real workers, from a folder outside the checkout."""
-    short = ("--set", "search.budget.evaluations=8", "--set", "search.finalists=2")
+    short = ("--set", "search.budget.evaluations=12", "--set", "search.finalists=2")
     result = done(installed / "evomerge", "run", "quickstart", *short, "--json", cwd=away)
     table = json.loads(result.stdout)["table"]
 
