@@ -421,7 +421,7 @@ def _overhead(algorithm: str, candidates: int) -> Row:
     names = tuple(map(str, range(items + 2)))
     plan = ChoicePlan("t", "multiple_choice", PlanShape(), names, splits, none[:0], (tree,) * (items + 2))
     space = RuleSpace(experiment.stages[0].space, manifest, "float32")
-    prepared = _Overhead(experiment, manifest, "float32", {"t": plan}, (space,), "cpu", ())
+    prepared = _Overhead(experiment, manifest, "float32", {"t": plan}, (space,), "cpu", (), {})
     with tempfile.TemporaryDirectory() as temporary:
         start = time.perf_counter()
         search(prepared, Path(temporary) / "run", Silent(), accept_drift=False, interrupted=lambda: False)
@@ -517,6 +517,7 @@ def main() -> None:
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     folder = args.to or HERE
     path = folder / f"{machine['date']}-{kind}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n", encoding="utf-8")
     print(f"wrote {path}")
 
