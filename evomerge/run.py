@@ -127,14 +127,18 @@ class StageRun:
         experiment, space = s.prepared.experiment, s.prepared.spaces[n]
         if n == 0 and experiment.search.probes:
             score_probes(s, allowance, rundir)
-        start = best_start(s, n)
-        s.journal.record("stage", n=n, inputs={"start": encode_array(start)})
+        start, *others = starts(s, n)
+        inputs: dict[str, Any] = {"start": encode_array(start)}
+        if others:
+            inputs["others"] = [encode_array(g) for g in others]
+        s.journal.record("stage", n=n, inputs=inputs)
         algorithm, options = experiment.algorithm_of(s.prepared.stages[n])
         rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([experiment.search.seed, n])))
         fitness = fitness_of(experiment)
         needs = needs_of(algorithm)
         begin = Start(
             start,
+            others=tuple(others),
             objectives=len(fitness.goals),
             constrained=bool(fitness.constraints),
             recall=s.journal.asked,
@@ -274,14 +278,24 @@ def score_probes(s: Session, allowance: Allowance, rundir: RunDirectory) -> None
     s.spent += s.committer.evaluated - before
 
 
-def best_start(s: Session, n: int) -> Genome:
-    """Where stage n begins: the best candidate so far that its space can express, else the space's default."""
-    for candidate in s.ranked():
+def starts(s: Session, n: int) -> list[Genome]:
+    """Where stage n begins: the best candidate so far that its space can express, else the space's default.
+
+    With several objectives the other such candidates of the front so far follow.
+    """
+    space = s.prepared.spaces[n]
+    found: list[Genome] = []
+    ranked = s.ranked()
+    several = len(fitness_of(s.prepared.experiment).goals) > 1
+    level = fronts(np.array([c.losses for c in ranked])) if several else np.arange(len(ranked))
+    for candidate, dominated in zip(ranked, level, strict=True):
+        if found and (dominated or not several):
+            break
         try:
-            return s.prepared.spaces[n].encode(candidate.recipe, s.prepared.manifest)
+            found.append(space.encode(candidate.recipe, s.prepared.manifest))
         except ValueError:  # another method, such as a baseline's
             continue
-    return s.prepared.spaces[n].default
+    return found or [space.default]
 
 
 def choose_winner(s: Session) -> list[Candidate]:

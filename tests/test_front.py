@@ -121,3 +121,32 @@ def test_replay_is_exact(two_goals: tuple[Path, str], small_experiment: Path) ->
 
     run(load(small_experiment, {"fitness.objectives": GOALS, "search.algorithm": "random"}), out)
     assert (out / "journal.jsonl").read_bytes() == before
+
+
+def test_a_pareto_search_begins_with_the_front_so_far(experiment_with: With, tmp_path: Path) -> None:
+    """NSGA-II's second stage asks first for what the first one left on the front; a cut journal is completed alike."""
+    stages = [
+        {"space": "one-weight-per-expert", "share": 0.5, "settings": {"population": 12}},
+        {"space": "per-layer", "share": 0.5, "settings": {"population": 12}},
+    ]
+    change = {
+        "fitness.objectives": GOALS,
+        "search_space": {"stages": stages},
+        "search": {"algorithm": "nsga-ii", "seed": 1, "probes": False, "budget": {"evaluations": 24}},
+    }
+    out = tmp_path / "out"
+    history = run(experiment_with(**change), out)
+
+    first = [e for e in history.entries.values() if e.stage <= 0]
+    losses = np.array([history.losses(e, "search") for e in first])
+    front = {e.recipe_id for e, rank in zip(first, fronts(losses), strict=True) if rank == 0}
+    second = [e.recipe_id for e in history.entries.values() if e.stage == 1 and e.role == "search"]
+    expressible = front & {e.recipe_id for e in first if e.stage == 0}
+    assert len(expressible) > 1
+    count = min(len(expressible), 6)  # at most half of the first generation
+    assert set(second[:count]) <= expressible
+    assert len(set(second[:count])) == count
+    whole = (out / "journal.jsonl").read_bytes()
+    (out / "journal.jsonl").write_bytes(b"".join(whole.splitlines(keepends=True)[:-30]))
+    run(experiment_with(**change), out)
+    assert (out / "journal.jsonl").read_bytes() == whole

@@ -106,6 +106,8 @@ class Start:
     """For algorithms that need it."""
     lag: int | None = None
     """How many proposals may be out at once; None where all are told before more are asked."""
+    others: tuple[Genome, ...] = ()
+    """The rest of the front so far, for algorithms that keep several answers."""
 
 
 Ids = Iterator[int]

@@ -36,7 +36,7 @@ class Options:
 
 
 class Nsga2:
-    """Whole generations; failed members are asked again, so that every generation is full."""
+    """Whole generations, the first from the front so far; failed members are asked again, so that all are full."""
 
     needs = Needs(constraints=True, objectives="several", scope="archive")
     options_class = Options
@@ -50,7 +50,10 @@ class Nsga2:
         options: Options | None = None,
     ) -> None:
         self._options = options or self.options_class()
-        self._trials = Trials(axes, start, ids, self._sampler(int(rng.integers(2**32))), start.objectives)
+        # Half of the first generation stays uniform: a front of close relatives would breed only such.
+        others = self._options.population // 2 - 1
+        sampler = self._sampler(int(rng.integers(2**32)))
+        self._trials = Trials(axes, start, ids, sampler, start.objectives, others=others)
         self._group = 0
         self._told = 0
 

@@ -41,12 +41,15 @@ def made(build: Callable[[Any], Any]) -> Any:
 class Trials:
     """A study over the axes: trials asked, told and waiting."""
 
-    def __init__(self, axes: Sequence[Axis], start: Start, ids: Ids, sampler: Any, objectives: int) -> None:
+    def __init__(
+        self, axes: Sequence[Axis], start: Start, ids: Ids, sampler: Any, objectives: int, *, others: int = 0
+    ) -> None:
+        """The start and at most `others` more of its points are asked first."""
         self._optuna = import_optuna()
         self._axes = tuple(axes)
         self._ids = ids
         self._objectives = objectives
-        self._start: Genome | None = start.genome
+        self._given = [start.genome, *start.others[:others]]
         self._recall = start.recall
         self._constrained = start.constrained
         if start.genome.shape != (len(axes),):
@@ -83,7 +86,7 @@ class Trials:
     def ask(self, group: int, sampler: Any = None) -> Proposal:
         """One trial of the study's sampler, or of one made for this ask, which a recalled genome spares."""
         number = next(self._ids)
-        known, self._start = self._start, None
+        known = self._given.pop(0) if self._given else None
         if sampler is not None:
             recalled = self._recall(number)
             if recalled is not None:

@@ -247,6 +247,7 @@ def _items(
 class _Words:
     """A tokenizer for numbers separated by blanks, so that token sequences can be chosen freely."""
 
+    bos_token_id = None
     eos_token_id = None
 
     def decode(self, tokens: Tokens, **_: Any) -> str:
