@@ -95,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, help="run directory (default runs/NAME)")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. search.seed=2")
     p.add_argument("--accept-drift", action="store_true", help="resume although asked genomes differ from the journal")
-    p.add_argument("--warm-start", type=Path, metavar="DIR", help="score the finalists of another run first")
+    p.add_argument("--warm-start", type=Path, metavar="PATH", help="score another run's finalists, or a recipe, first")
 
     p = with_allow(with_json(command("resume", _resume, "go on with a run, with the same result as never interrupted")))
     p.add_argument("dir", type=Path)
@@ -198,9 +198,9 @@ def _run(args: argparse.Namespace) -> int:
 
     overrides = parse_overrides(args.set)
     if args.warm_start is not None:
-        from evomerge.warm import finalists_of
+        from evomerge.warm import given_by
 
-        overrides["search.warm_start"] = finalists_of(args.warm_start, load(args.experiment, overrides))
+        overrides["search.warm_start"] = given_by(args.warm_start, load(args.experiment, overrides))
     experiment = load(args.experiment, overrides)
     return _go(args, experiment, args.out or Path("runs") / experiment.name)
 

@@ -15,6 +15,7 @@ from evomerge.fitness import FitnessSpec, resolve_fitness
 from evomerge.hub import named
 from evomerge.library import find
 from evomerge.mergekit_evolve import is_genome_file
+from evomerge.recipe import Recipe
 from evomerge.schema import validated
 from evomerge.search import ALGORITHMS, make_options
 from evomerge.search.auto import AUTO
@@ -138,13 +139,20 @@ class Search(BaseModel):
         description="what candidates are scored on while the search runs; baselines, probes, each stage's answers and "
         "finalists are scored in full",
     )
-    warm_start: tuple[Mapping[str, Any], ...] = Field((), description="recipes to score first and to begin from")
+    warm_start: tuple[str | Mapping[str, Any], ...] = Field(
+        (), description="recipes to score first and to begin from: files, or inline"
+    )
     probes: bool = Field(
         True,
         description="begin where the default or one expert alone does best; skipped where these few candidates "
         "would take more than a quarter of the first stage",
     )
     finalists: int = Field(8, ge=1, description="best candidates that are re-scored on the select split")
+
+    @property
+    def given(self) -> tuple[Mapping[str, Any], ...]:
+        """The recipes of `warm_start`, once `load` has read those that are files."""
+        return tuple(r for r in self.warm_start if not isinstance(r, str))
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -226,7 +234,7 @@ class Experiment(_Part):
                 "fitness": _without_text(self.fitness),
                 "seed": self.search.seed,
                 "lag": self.search.lag,
-                "warm_start": [dict(r) for r in self.search.warm_start],
+                "warm_start": [dict(r) for r in self.search.given],
                 "finalists": self.search.finalists,
                 "probes": self.search.probes,
                 # Not there in runs that began before the key was.
@@ -308,6 +316,9 @@ def load(source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | 
             "models": _resolved_models(experiment.models, folder),
             "search_space": resolve_space(experiment.search_space, folder),
             "fitness": resolve_fitness(experiment.fitness, folder),
+            "search": experiment.search.model_copy(
+                update={"warm_start": tuple(_recipe(r, folder) for r in experiment.search.warm_start)}
+            ),
         }
     )
     for stage in resolved.stages:
@@ -347,6 +358,15 @@ def _resolved_models(models: Models, folder: Path) -> Models:
             "experts": {n: named(folder, p) for n, p in models.experts.items()},
         }
     )
+
+
+def _recipe(given: str | Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
+    """A recipe's data; of a file without the paths of its sources, which the experiment's pool has."""
+    if not isinstance(given, str):
+        return given
+    recipe = Recipe.load(folder / given)
+    sources = {n: s.model_copy(update={"path": None}) for n, s in recipe.sources.items()}
+    return recipe.model_copy(update={"sources": sources}).to_json()
 
 
 def resolve_space(spec: str | StagedSpec | SpaceSpec, folder: Path) -> StagedSpec | SpaceSpec:

@@ -118,7 +118,7 @@ class Prepared:
     def given_recipes(self) -> list[Recipe]:
         """The recipes of `search.warm_start`, canonical, in this run's dtype. Raises UserError."""
         out = []
-        for i, data in enumerate(self.experiment.search.warm_start, 1):
+        for i, data in enumerate(self.experiment.search.given, 1):
             where = f"search.warm_start, recipe {i}"
             recipe = validated(Recipe, dict(data), where)
             out.append(recipe.model_copy(update={"dtype": self.dtype}).canonical(self.manifest, where))

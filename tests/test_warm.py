@@ -17,8 +17,9 @@ from evomerge.config import load
 from evomerge.errors import UserError
 from evomerge.history import History
 from evomerge.journal import read
+from evomerge.recipe import Recipe
 from evomerge.run import run
-from evomerge.warm import finalists_of
+from evomerge.warm import finalists_of, given_by
 
 With = Callable[..., Any]
 
@@ -122,3 +123,39 @@ def test_on_the_command_line(
     assert (out / "journal.jsonl").read_bytes() == whole
     assert any(e.role == "given" for e in History.read(out).entries.values())
     capsys.readouterr()
+
+
+RECIPE = {
+    "recipe": 1,
+    "base": "base",
+    "merge": [{"method": "task_arithmetic", "sources": {"one": {"weight": 0.6}, "two": {"weight": 0.3}}}],
+}
+
+
+def test_a_recipe_file_is_a_place_to_begin(experiment_with: With, small_experiment: Path, tmp_path: Path) -> None:
+    """Coefficients that something else prepared, as a recipe file: in the experiment, or on the command line."""
+    file = tmp_path / "prepared.yaml"
+    file.write_text(json.dumps(RECIPE))
+    change = {"search.algorithm": "random", "search.budget": {"evaluations": 1}}
+    wanted = Recipe.model_validate(RECIPE)
+
+    named = run(experiment_with(**change, **{"search.warm_start": [str(file)]}), tmp_path / "named")
+    given = ["--warm-start", str(file), "--out", str(tmp_path / "given")]
+    sets = [f"--set={k}={json.dumps(v)}" for k, v in change.items()]
+    assert main(["run", str(small_experiment), *given, *sets]) == 0
+    for history in (named, History.read(tmp_path / "given")):
+        [entry] = [e for e in history.entries.values() if e.role == "given"]
+        assert entry.recipe_id == wanted.model_copy(update={"dtype": history.dtype}).canonical(history.manifest).id
+
+
+def test_a_recipe_file_of_another_pool_is_refused(experiment_with: With, tmp_path: Path) -> None:
+    """By the name of the source that is missing, or by its hash."""
+    file = tmp_path / "prepared.yaml"
+    file.write_text(json.dumps(RECIPE | {"sources": {"one": {}, "two": {"sha256": "0" * 64}, "base": {}}}))
+
+    with pytest.raises(UserError, match="its source 'two' is not in the new pool"):
+        given_by(file, experiment_with())
+    file.write_text(json.dumps(RECIPE | {"merge": [{"method": "linear", "sources": {"three": {"weight": 1.0}}}]}))
+    with pytest.raises(UserError, match=r"search\.warm_start, recipe 1.*'three'"):
+        run(experiment_with(**{"search.warm_start": [str(file)]}), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

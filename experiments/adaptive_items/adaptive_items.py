@@ -1,7 +1,7 @@
 """Adaptive items against full scoring on the quickstart's models, at several budgets of item evaluations.
 
-`python experiments/adaptive_items/adaptive_items.py [SEED ...]` writes results.json and table.md beside this file; runs
-that are finished in runs/adaptive-items are read, not repeated. CMA-ES searches one weight for each expert and layer
+`python experiments/adaptive_items/adaptive_items.py [SEED ...]` writes results.json and table.md beside this file; what
+stands in results.json is not run again. CMA-ES searches one weight for each expert and layer
 from the best of a coarse search (one weight for each expert, in full) that all runs share. Each run is extended from
 budget to budget, and at each one the winner that `evomerge` would return is looked at on the report split. There is no
 floor: the fitness is the plain mean over tasks of the graded metric (probability of the right choice) or of the 0/1 one
@@ -10,6 +10,7 @@ floor: the fitness is the plain mean over tasks of the graded metric (probabilit
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Iterable
@@ -19,6 +20,7 @@ from typing import Any
 
 from evomerge.config import load
 from evomerge.history import History
+from evomerge.proposal import Scores
 from evomerge.report.results import mean_over_tasks, results
 from evomerge.run import run
 from evomerge.warm import finalists_of
@@ -30,7 +32,7 @@ ITEMS: dict[str, Any] = {"full": "full", "adaptive": {"policy": "adaptive"}}
 BUDGETS = {"full": (25_200, 50_400), "adaptive": (8_400, 16_800)}
 """Item evaluations of the search: 44 and 89 candidates in full, and a third of that for adaptive items."""
 COARSE = 20_160
-COLUMNS = (("full", "probability"), ("adaptive", "probability"), ("adaptive", "accuracy"), ("full", "accuracy"))
+METRICS = ("probability", "accuracy")
 
 
 def experiment(policy: str, metric: str, seed: int, budget: int, start: Any = ()) -> Any:
@@ -88,6 +90,11 @@ def row(h: History, policy: str, metric: str, seed: int, budget: int) -> dict[st
     }
 
 
+def paired(ours: Scores, theirs: Scores, metric: str) -> list[float]:
+    """Mean over tasks of the difference on the report items, and its 95% interval, paired by item."""
+    return list(mean_over_tasks([ours[t][metric] - theirs[t][metric] for t in sorted(ours)])[:3])
+
+
 def held_out(h: History, candidate: int) -> dict[str, float]:
     """A candidate on the report split: mean accuracy and probability of the right choice over tasks."""
     own = h.entry(candidate).scores("report")
@@ -107,18 +114,25 @@ def main(seeds: list[int]) -> None:
     coarse = experiment("full", "probability", 1, COARSE)
     run(coarse, runs / "coarse-1")
     start = finalists_of(runs / "coarse-1", coarse)[:1]
-    for columns in (COLUMNS[:2], COLUMNS[2:3], COLUMNS[3:]):
-        for seed in seeds:
-            for policy, metric in columns:
-                for budget in BUDGETS[policy]:
-                    key = (policy, metric, seed, budget)
-                    if any((r["policy"], r["metric"], r["seed"], r["budget"]) == key for r in rows):
-                        continue
-                    history = run(experiment(*key, start), runs / f"{policy}-{metric}-{seed}")
-                    rows.append(row(history, *key))
-                    file.write_text("[\n" + ",\n".join(json.dumps(r) for r in rows) + "\n]\n", encoding="utf-8")
-                    (HERE / "table.md").write_text(table(rows), encoding="utf-8")
-                    print(*key, rows[-1]["evaluated"], f"{rows[-1]['accuracy']:.4f}", flush=True)
+    reference: Scores | None = None
+    for seed in seeds:
+        for metric, (policy, budgets) in itertools.product(METRICS, BUDGETS.items()):
+            for budget in budgets:
+                key = (policy, metric, seed, budget)
+                if any((r["policy"], r["metric"], r["seed"], r["budget"]) == key for r in rows):
+                    continue
+                history = run(experiment(*key, start), runs / f"{policy}-{metric}-{seed}")
+                made = row(history, *key)
+                winner = history.entry(made["winner"]).scores("report")
+                assert winner is not None
+                if key[:2] == ("full", "probability"):
+                    reference = winner  # of the larger budget, which comes last
+                elif reference is not None:
+                    made["against_full"] = {m: paired(winner, reference, m) for m in METRICS}
+                rows.append(made)
+                file.write_text("[\n" + ",\n".join(json.dumps(r) for r in rows) + "\n]\n", encoding="utf-8")
+                (HERE / "table.md").write_text(table(rows), encoding="utf-8")
+                print(*key, made["evaluated"], f"{made['accuracy']:.4f}", flush=True)
 
 
 def table(rows: Iterable[dict[str, Any]]) -> str:
@@ -127,7 +141,7 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
     for r in sorted(rows, key=lambda r: (r["metric"] != "probability", r["policy"] != "full", r["budget"], r["seed"])):
         groups.setdefault((r["policy"], r["metric"], r["budget"]), []).append(r)
     header = ["items", "search metric", "budget", "evaluated in all", "candidates", "held-out probability", "seeds"]
-    header += ["held-out accuracy", "seeds", "optimism"]
+    header += ["held-out accuracy", "seeds", "optimism", "accuracy minus full's of 50,400, seed by seed"]
     lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
     for (policy, metric, budget), own in groups.items():
         cells = [
@@ -139,6 +153,9 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
             *_over_seeds([r["probability"] for r in own]),
             *_over_seeds([r["accuracy"] for r in own]),
             f"{mean(r['optimism'] for r in own):+.3f}",
+            "; ".join("{:+.3f} [{:+.3f}, {:+.3f}]".format(*r["against_full"]["accuracy"]) for r in own)
+            if all("against_full" in r for r in own)
+            else "-",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
