@@ -41,6 +41,9 @@ CACHE_TOKENS = 32_768
 """Keys and values that a batch may hold at most: 4 GiB for a model of 8B parameters with grouped queries in bf16."""
 ROW_SHARE = 16
 """A batch has at most the plan's `batch_tokens` divided by this many rows."""
+SLOW_ROWS = range(4, 16)
+"""Batches that take a CPU longer than one of 16 rows: products with wide matrices fall on a slower path (`make bench`,
+generation, answers that end early)."""
 BLOCK = 64
 """Columns by which the buffers of keys and values grow."""
 UNSEEN = 1 << 40
@@ -181,12 +184,14 @@ class Decoding:
         self._prompts()
         for left in reversed(range(self.plan.max_tokens)):
             tokens = self._choose()
-            on = [n for n, token in enumerate(tokens) if not self.tails[self.rows[n]].add(token)]
+            tails = [self.tails[i] for i in self.rows]
+            on = [n for n, t in enumerate(tails) if not t.stopped and not t.add(tokens[n])]
             if not on or not left:
                 break
-            if len(on) < len(tokens):
-                self._keep(on)
-            self._step([tokens[n] for n in on])
+            kept = self._worth_keeping(on)
+            if len(kept) < len(tokens):
+                self._keep(kept)
+            self._step([tokens[n] for n in kept])
         return [t.written() for t in self.tails]
 
     def _prompts(self) -> None:
@@ -236,6 +241,13 @@ class Decoding:
         if not bool(torch.isfinite(best).all()):
             raise NonFinite(f"task {self.plan.task!r}: logits are NaN or infinite")
         return [int(t) for t in token.tolist()]
+
+    def _worth_keeping(self, on: list[int]) -> list[int]:
+        """The rows that still write; on the CPU with ended ones up to a batch that is faster than theirs."""
+        if self.weight.is_cuda or len(on) not in SLOW_ROWS or len(self.rows) < SLOW_ROWS.stop:
+            return on
+        ended = [n for n in range(len(self.rows)) if n not in on]
+        return sorted([*on, *ended[: SLOW_ROWS.stop - len(on)]])
 
     def _keep(self, rows: list[int]) -> None:
         """Go on with some rows only."""

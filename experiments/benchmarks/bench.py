@@ -70,6 +70,22 @@ def timed(f: Callable[[], object], repeats: int, clock: Callable[[], float] = ti
     return statistics.median(seconds)
 
 
+def side_by_side(
+    f: Callable[[], object], g: Callable[[], object], repeats: int, clock: Callable[[], float]
+) -> tuple[float, float]:
+    """Median seconds of both, called in turn: what else the machine does falls on both alike."""
+    f(), g()
+    both: tuple[list[float], list[float]] = ([], [])
+    for _ in range(repeats):
+        for call, seconds in zip((f, g), both, strict=True):
+            _synchronise()
+            start = clock()
+            call()
+            _synchronise()
+            seconds.append(clock() - start)
+    return statistics.median(both[0]), statistics.median(both[1])
+
+
 def _synchronise() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -342,7 +358,7 @@ def _generation(prefix: int, ending: bool, n: int = 24, new: int = 64) -> Row:
 
     # Runs of seconds on a shared machine: the thread's own time, which others' work does not lengthen.
     clock = time.perf_counter if device().type == "cuda" else time.process_time
-    fast, slow = timed(ours, 3, clock), timed(theirs, 3, clock)
+    fast, slow = side_by_side(ours, theirs, 5, clock)
     mine, other = ours(), theirs()
     return {
         "what": f"generate, {n} items, up to {new} tokens, {'ending early' if ending else 'all'}, prefix {prefix}",
