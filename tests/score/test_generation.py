@@ -142,9 +142,13 @@ def test_tokens_are_those_of_generate(tiny_model: Any, arch: str, config: dict[s
     assert_equal(made, narrow, write(made, narrow), alone)
 
 
+@pytest.mark.parametrize("slow", [range(4, 16), range(2, len(PROMPTS) - 1)], ids=["dropped", "kept for their number"])
 @pytest.mark.parametrize("arch", ["llama", "mistral"])
-def test_rows_that_end_leave_the_others_alone(tiny_model: Any, arch: str) -> None:
+def test_rows_that_end_leave_the_others_alone(
+    tiny_model: Any, arch: str, slow: range, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With many end tokens rows end at different steps, the first one at once; the others go on as if alone."""
+    monkeypatch.setattr(generation, "SLOW_ROWS", slow)
     folder = tiny_model(arch, **({"sliding_window": 7} if arch == "mistral" else {}))
     made = candidate(folder)
     endless = write(made, compiled(folder, ends=()))
