@@ -323,7 +323,12 @@ def _pool(pool: str, experts: Sequence[Path]) -> tuple[tuple[str, Path], dict[st
 
 def _status(args: argparse.Namespace) -> int:
     from evomerge.report.status import status, status_text
+    from evomerge.rundir import before
 
+    if args.follow and before(args.dir) is None:
+        print(f"evomerge: waiting for a run in {args.dir}; Ctrl-C stops", file=sys.stderr, flush=True)
+        while before(args.dir) is None:
+            time.sleep(FOLLOW_SECONDS)
     while True:
         s = status(args.dir)
         _print(args, s, lambda s=s: status_text(s))  # type: ignore[misc]

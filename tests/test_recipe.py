@@ -335,6 +335,40 @@ def test_canonical_is_idempotent_and_survives_yaml(data: Data, manifest_of: Any)
     assert back.to_yaml() == r.to_yaml()
 
 
+@settings(max_examples=60, deadline=None)
+@given(data=RECIPES, tied=st.booleans())
+def test_grouped_is_the_same_recipe_in_fewer_rules(data: Data, tied: bool, manifest_of: Any) -> None:
+    """What `show` prints is made canonical into the same recipe, with at most one rule a block."""
+    m = manifest_of(layers=4, tied=tied)
+    r = Recipe.from_yaml(dump_yaml(data)).canonical(m)
+
+    short = r.grouped()
+    assert Recipe.from_yaml(short.to_yaml()).canonical(m).id == r.id
+    assert short.merge is not None
+    assert len(short.merge) <= len(r.blocks)
+
+
+def test_equal_neighbours_share_a_rule(manifest_of: Any) -> None:
+    """Layers as ranges, modules together, and a block whose rule is another one breaks the range of its module."""
+    rule = {"method": "task_arithmetic", "sources": {"math": {"weight": 0.5}}}
+    other = {**rule, "match": {"block": "layers.2.mlp"}, "sources": {"code": {"weight": 1.0}}}
+    m = manifest_of(layers=4)
+    whole = Recipe.model_validate({"merge": [rule]}).canonical(m).grouped()
+    broken = Recipe.model_validate({"merge": [other, rule]}).canonical(m).grouped()
+
+    def matches(r: Recipe) -> list[Any]:
+        return [x["match"] for x in r.to_json()["merge"]]
+
+    assert matches(whole) == [{"module": ["embed", "final_norm", "head"]}, {"layers": [0, 3]}]
+    assert matches(broken) == [
+        {"module": ["embed", "final_norm", "head"]},
+        {"layers": [0, 3], "module": ["attention", "norm"]},
+        {"layers": [0, 1], "module": "mlp"},
+        {"layers": [2, 2], "module": "mlp"},
+        {"layers": [3, 3], "module": "mlp"},
+    ]
+
+
 @settings(max_examples=40, deadline=None)
 @given(data=RECIPES)
 def test_written_recipe_reads_back_equal(data: Data) -> None:
