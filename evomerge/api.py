@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from evomerge.config import load
+from evomerge.errors import RunError
 from evomerge.history import History
 from evomerge.run import run as run_loop
 from evomerge.tasks.base import NOTHING, Allowed
@@ -55,10 +57,32 @@ def run(
     """Run an experiment: a file, a library name, or plain data. Resumes where `out` holds the same one.
 
     `overrides` are dotted keys to values, such as {"search.seed": 2}. `allow` permits what an experiment may not do
-    by itself: `evomerge.Allowed(code=True, test_sets=True)`. Raises ValueError (one line) for bad input,
-    RuntimeError where nothing could be scored.
+    by itself: `evomerge.Allowed(code=True, test_sets=True)`. Leaves what `evomerge run` leaves, the page among it; a
+    page that cannot be written is a warning. Raises ValueError (one line) for bad input, RuntimeError where nothing
+    could be scored.
     """
     loaded = load(experiment, overrides)
     path = Path(out) if out is not None else Path("runs") / loaded.name
     run_loop(loaded, path, allow=allow)
-    return Run.read(path)
+    done = Run.read(path)
+    try:
+        leave(done, loaded.export.format)
+    except RunError as e:
+        warnings.warn(f"no page: {e}; make one with report(to)", stacklevel=2)
+    return done
+
+
+def leave(history: History, form: str | None) -> Path:
+    """Write what a finished run leaves beside its journal: the winner in `form`, where it asks for one, and the page.
+
+    Returns the page's path. Raises UserError where the export is impossible, RunError where the page cannot be written,
+    which takes nothing from the run.
+    """
+    from evomerge.export.write import write_export
+    from evomerge.report.page import write_page
+
+    if form is not None and history.winner_id is not None:
+        target = history.path / "exports" / form
+        if not target.exists():
+            write_export(history, history.winner_id, form, target)
+    return write_page(history)

@@ -226,10 +226,9 @@ def _resume(args: argparse.Namespace) -> int:
 
 
 def _go(args: argparse.Namespace, experiment: Any, out: Path) -> int:
+    from evomerge.api import leave
     from evomerge.commit import Interrupted
-    from evomerge.export.write import write_export
     from evomerge.progress import Terminal
-    from evomerge.report.page import write_page
     from evomerge.report.results import results, text_table
     from evomerge.run import run
 
@@ -247,12 +246,8 @@ def _go(args: argparse.Namespace, experiment: Any, out: Path) -> int:
             )
     except Interrupted:
         raise KeyboardInterrupt from None
-    if experiment.export.format is not None:
-        target = out / "exports" / experiment.export.format
-        if not target.exists() and history.winner_id is not None:
-            write_export(history, history.winner_id, experiment.export.format, target)
     try:
-        page = f"page: {write_page(history)}"
+        page = f"page: {leave(history, experiment.export.format)}"
     except RunError as e:  # takes nothing from the run, which is whole in its journal
         page = f"no page: {_line(e)}; make one with: evomerge report {out} --html PATH"
         print(f"evomerge: {page}", file=sys.stderr)

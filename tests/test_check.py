@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from evomerge.check import check, text
+from evomerge.cli import main
 from evomerge.config import load
 from evomerge.errors import UserError
 from evomerge.licences import NO_ADVICE
@@ -119,3 +121,19 @@ def test_check_touches_no_gpu(experiment_with: Callable[..., Any], monkeypatch: 
     monkeypatch.setattr(torch.cuda, "_lazy_init", refuse)
 
     assert check(experiment_with()).device == "cpu"
+
+
+def test_adaptive_items_with_a_floor_are_noted(experiment_with: Callable[..., Any]) -> None:
+    """A hinge is paid by chance on few items; without one, or with all items, there is nothing to say."""
+    adaptive = {"search.items": {"policy": "adaptive", "start": 10}}
+    hinge = {"fitness.floor": {"penalty": 3.0}}
+
+    assert any("take a larger start" in n for n in check(experiment_with(**adaptive, **hinge)).notes)
+    for fine in (adaptive, hinge):
+        assert not any("larger start" in n for n in check(experiment_with(**fine)).notes)
+
+
+def test_the_collector_is_back_after_check(capsys: pytest.CaptureFixture[str]) -> None:
+    """The command turns the search for cyclic garbage off for itself only, also where it refuses something."""
+    assert main(["check", "quickstrat"]) == 2
+    assert gc.isenabled()

@@ -497,7 +497,7 @@ def test_parts_of_segments_within_a_stretch(m: Manifest) -> None:
         ([0, 10], {"math": [1.0, 0.0]}, "all weights of a segment are 0"),
         ([5], {"math": [1.0]}, "cuts must begin with 0 and rise"),
         ([0, 9, 9], {"math": [1, 2, 3]}, "cuts must begin with 0 and rise"),
-        ([0, -3], {"math": [1, 2]}, "greater than or equal to 0"),
+        ([0, -3], {"math": [1, 2]}, "expected at least 0, got -3"),
         ([0, 10], {"math": [1]}, "source 'math' has 1 weights for 2 segments"),
         ([0], {"math": [float("nan")]}, "segments.weights.math.0"),
         ([0], {"math": [1e7]}, "segments.weights.math.0"),
@@ -526,7 +526,7 @@ def test_segments_of_another_layout_are_refused(m: Manifest, manifest_of: Any) -
 BAD: list[tuple[str, str]] = [
     ("", "expected a mapping of keys, got NoneType"),
     ("[1]", "expected a mapping of keys, got list"),
-    ("recipe: 2", "recipe: Input should be 1, got 2"),
+    ("recipe: 2", "recipe: expected 1, got 2"),
     ("dtyp: float32", "unknown key 'dtyp'; did you mean 'dtype'?"),
     ("Merge: []", "unknown key 'Merge'; did you mean 'merge'?"),
     ("str: 1", "unknown key 'str'"),
@@ -537,7 +537,7 @@ BAD: list[tuple[str, str]] = [
     ("merge: [{method: linear, sources: {Math: {wieght: 1}}}]", "no 'wieght' per source; did you mean 'weight'?"),
     (
         "merge: [{method: linear, sources: {Math: 3}}]",
-        "merge.0.sources.Math: Input should be a valid dictionary, got 3",
+        "merge.0.sources.Math: expected a mapping, such as {name: value}, got 3",
     ),
     ("merge: [{method: ties, params: {lamda: 1}, sources: {}}]", "no parameter 'lamda'; did you mean 'lambda'?"),
     ("merge: [{method: ties, params: {normalize: 1}, sources: {}}]", "normalize: expected one of [True, False], got 1"),

@@ -135,6 +135,7 @@ def test_python_interface(small_experiment: Path, tmp_path: Path, finished_run: 
 
     assert history.path == tmp_path / "out"
     assert history.experiment.name == "renamed"
+    assert "<h1>renamed: evomerge run</h1>" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert journal(tmp_path / "out") == journal(finished_run)
 
 
