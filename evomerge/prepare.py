@@ -329,12 +329,8 @@ def check_units(fitness: FitnessSpec) -> None:
     Tasks with weights of their own in the objective say what one unit is worth in the other.
     """
     for goal in (*fitness.goals, *fitness.constraints):
-        if goal.kind != "forgetting" or isinstance(goal.tasks, Mapping):
-            continue
-        metrics = {t.name: goal.metric or t.metric for t, _ in fitness.weights_of(goal)}
-        if len({t.unit(metrics[t.name]) for t in fitness.tasks if t.name in metrics}) > 1:
-            listed = ", ".join(f"{m} of {t}" for t, m in metrics.items())
-            weights = ", ".join(f"{t}: 1" for t in metrics)
+        if goal.kind == "forgetting" and (listed := fitness.units_added_by(goal)):
+            weights = ", ".join(f"{t.name}: 1" for t, _ in fitness.weights_of(goal))
             raise UserError(
                 f"fitness: {goal.name} would add up losses in different units ({listed}); name tasks of one unit "
                 f"under its `tasks`, or say what a unit of each is worth: tasks: {{{weights}}}"
@@ -344,8 +340,14 @@ def check_units(fitness: FitnessSpec) -> None:
 def remarks_on(experiment: Experiment, items: Mapping[str, tuple[Item, ...]]) -> list[str]:
     """What is allowed and still deserves a look before a run begins."""
     notes = [f"task {t.name!r}: {note}" for t in experiment.tasks for note in t.remarks(items[t.name])]
-    policy = experiment.search.items
-    if isinstance(policy, AdaptiveItems) and fitness_of(experiment).floor is not None:
+    fitness, policy = fitness_of(experiment), experiment.search.items
+    for goal in fitness.goals:
+        if goal.kind == "weighted_mean" and (listed := fitness.units_added_by(goal)):
+            notes.append(
+                f"fitness: {goal.name} adds different units ({listed}), so the one of larger numbers decides; give "
+                "tasks a weight each, or take objective: recovered_gain, or several objectives"
+            )
+    if isinstance(policy, AdaptiveItems) and fitness.floor is not None:
         notes.append(
             f"search.items: {policy.start} items of a sample fall below the base by chance, which fitness.floor makes "
             "dear; take a larger start, or items: full"

@@ -97,6 +97,25 @@ def test_a_choice_of_methods_is_described(experiment_with: Callable[..., Any]) -
     assert c.memory_bytes > dare.memory_bytes == check(experiment_with()).memory_bytes
 
 
+def test_options_of_the_method_are_described(experiment_with: Callable[..., Any]) -> None:
+    """What the space's params set stands among what is fixed, numbers and words."""
+    c = check(experiment_with(**{"search_space.method": "dare_ties", "search_space.params": {"rescale": "l1"}}))
+
+    assert "fixed: density 1, lambda 1, mask_seed 0, rescale l1" in text(c)
+
+
+def test_objectives_over_several_units_are_noted(experiment_with: Callable[..., Any], small_experiment: Path) -> None:
+    """A plain mean of accuracy and cross-entropy is allowed and told; with weights of their own it is meant so."""
+    tasks = json.loads(small_experiment.read_text())["fitness"]["tasks"]
+    mixed = [{**tasks[0], "metric": "accuracy"}, tasks[1]]
+    weighted = [{**mixed[0], "weight": 2.0}, mixed[1]]
+
+    [note] = [n for n in check(experiment_with(**{"fitness.tasks": mixed})).notes if n.startswith("fitness: ")]
+    assert "loss adds different units (accuracy of sums, cross_entropy of words)" in note
+    for fine in (tasks, weighted):
+        assert not any("units" in n for n in check(experiment_with(**{"fitness.tasks": fine})).notes)
+
+
 def test_layer_swapping_is_described(experiment_with: Callable[..., Any]) -> None:
     """Sources that are given are fixed, numbers of layers have bounds."""
     lines = text(check(experiment_with(search_space={"layer_swap": {"outer": "one", "embed": "base"}})))
