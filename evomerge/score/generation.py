@@ -13,6 +13,7 @@ Columns, one value per item:
   exact_match  1 where the answer is one of the accepted ones (`tasks/generation.py`)
   tokens       tokens written, a closing end-of-text token apart
   stopped      1 where the model ended by itself, 0 where `max_tokens` cut it off
+  extracted    1 where `extract` found an answer in it, right or wrong
 """
 
 from __future__ import annotations
