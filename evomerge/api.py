@@ -61,28 +61,15 @@ def run(
     page that cannot be written is a warning. Raises ValueError (one line) for bad input, RuntimeError where nothing
     could be scored.
     """
+    from evomerge.export.write import write_asked
+
     loaded = load(experiment, overrides)
     path = Path(out) if out is not None else Path("runs") / loaded.name
     run_loop(loaded, path, allow=allow)
     done = Run.read(path)
+    write_asked(done, loaded.export.format)
     try:
-        leave(done, loaded.export.format)
+        done.report()
     except RunError as e:
         warnings.warn(f"no page: {e}; make one with report(to)", stacklevel=2)
     return done
-
-
-def leave(history: History, form: str | None) -> Path:
-    """Write what a finished run leaves beside its journal: the winner in `form`, where it asks for one, and the page.
-
-    Returns the page's path. Raises UserError where the export is impossible, RunError where the page cannot be written,
-    which takes nothing from the run.
-    """
-    from evomerge.export.write import write_export
-    from evomerge.report.page import write_page
-
-    if form is not None and history.winner_id is not None:
-        target = history.path / "exports" / form
-        if not target.exists():
-            write_export(history, history.winner_id, form, target)
-    return write_page(history)

@@ -226,9 +226,10 @@ def _resume(args: argparse.Namespace) -> int:
 
 
 def _go(args: argparse.Namespace, experiment: Any, out: Path) -> int:
-    from evomerge.api import leave
     from evomerge.commit import Interrupted
+    from evomerge.export.write import write_asked
     from evomerge.progress import Terminal
+    from evomerge.report.page import write_page
     from evomerge.report.results import results, text_table
     from evomerge.run import run
 
@@ -246,8 +247,9 @@ def _go(args: argparse.Namespace, experiment: Any, out: Path) -> int:
             )
     except Interrupted:
         raise KeyboardInterrupt from None
+    write_asked(history, experiment.export.format)
     try:
-        page = f"page: {leave(history, experiment.export.format)}"
+        page = f"page: {write_page(history)}"
     except RunError as e:  # takes nothing from the run, which is whole in its journal
         page = f"no page: {_line(e)}; make one with: evomerge report {out} --html PATH"
         print(f"evomerge: {page}", file=sys.stderr)
