@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from evomerge.config import load
+from evomerge.errors import RunError
 from evomerge.history import History
 from evomerge.run import run as run_loop
 from evomerge.tasks.base import NOTHING, Allowed
@@ -55,10 +57,19 @@ def run(
     """Run an experiment: a file, a library name, or plain data. Resumes where `out` holds the same one.
 
     `overrides` are dotted keys to values, such as {"search.seed": 2}. `allow` permits what an experiment may not do
-    by itself: `evomerge.Allowed(code=True, test_sets=True)`. Raises ValueError (one line) for bad input,
-    RuntimeError where nothing could be scored.
+    by itself: `evomerge.Allowed(code=True, test_sets=True)`. Leaves what `evomerge run` leaves, the page among it; a
+    page that cannot be written is a warning. Raises ValueError (one line) for bad input, RuntimeError where nothing
+    could be scored.
     """
+    from evomerge.export.write import write_asked
+
     loaded = load(experiment, overrides)
     path = Path(out) if out is not None else Path("runs") / loaded.name
     run_loop(loaded, path, allow=allow)
-    return Run.read(path)
+    done = Run.read(path)
+    write_asked(done, loaded.export.format)
+    try:
+        done.report()
+    except RunError as e:
+        warnings.warn(f"no page: {e}; make one with report(to)", stacklevel=2)
+    return done

@@ -129,7 +129,7 @@ def text(c: Check) -> str:
     for n, s in enumerate(c.stages, 1):
         lines.append(f"stage {n}  {s['axes']} axes, {s['method']} over {s['groups']} groups of blocks")
         searched = ", ".join(_range(c, bounds) for c, bounds in s["bounds"].items())
-        fixed = ", ".join(f"{c} {v}" if isinstance(v, str) else f"{c} {v:g}" for c, v in s["fixed"].items())
+        fixed = ", ".join(f"{c} {v}" if isinstance(v, str | bool) else f"{c} {v:g}" for c, v in s["fixed"].items())
         lines.append(f"         searched: {searched}" + (f"; fixed: {fixed}" if fixed else ""))
         names = s["names"]
         lines.append(f"         {', '.join(names[:4])}" + (f", ... {names[-1]}" if len(names) > 5 else ""))

@@ -6,7 +6,9 @@ Exit status: 0 fine, 1 failed, 2 wrong usage or bad input, 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
+import gc
 import json
 import math
 import re
@@ -30,6 +32,7 @@ FOLLOW_SECONDS = 5.0
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, dispatch, turn errors into one line and an exit status."""
     args = _parser().parse_args(argv)
+    atexit.register(gc.freeze)  # else Python searches torch's million objects for garbage before it exits: 0.8 s
     try:
         return int(args.call(args))
     except UserError as e:
@@ -64,6 +67,16 @@ def _stoppable() -> Iterator[Callable[[], bool]]:
     finally:
         for s, handler in before.items():
             signal.signal(s, handler)
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """No search for cyclic garbage, which takes 0.7 s of the imports of torch and transformers and finds nothing."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def _line(e: Exception) -> str:
@@ -214,7 +227,7 @@ def _resume(args: argparse.Namespace) -> int:
 
 def _go(args: argparse.Namespace, experiment: Any, out: Path) -> int:
     from evomerge.commit import Interrupted
-    from evomerge.export.write import write_export
+    from evomerge.export.write import write_asked
     from evomerge.progress import Terminal
     from evomerge.report.page import write_page
     from evomerge.report.results import results, text_table
@@ -234,10 +247,7 @@ def _go(args: argparse.Namespace, experiment: Any, out: Path) -> int:
             )
     except Interrupted:
         raise KeyboardInterrupt from None
-    if experiment.export.format is not None:
-        target = out / "exports" / experiment.export.format
-        if not target.exists() and history.winner_id is not None:
-            write_export(history, history.winner_id, experiment.export.format, target)
+    write_asked(history, experiment.export.format)
     try:
         page = f"page: {write_page(history)}"
     except RunError as e:  # takes nothing from the run, which is whole in its journal
@@ -261,10 +271,11 @@ def _allowed(args: argparse.Namespace) -> Allowed:
 
 
 def _check(args: argparse.Namespace) -> int:
-    from evomerge.check import check, text
-    from evomerge.config import load, parse_overrides
+    with _uncollected():
+        from evomerge.check import check, text
+        from evomerge.config import load, parse_overrides
 
-    c = check(load(args.experiment, parse_overrides(args.set)), _allowed(args))
+        c = check(load(args.experiment, parse_overrides(args.set)), _allowed(args))
     _print(args, c.to_json(), lambda: text(c))
     return 0
 
@@ -309,7 +320,12 @@ def _pool(pool: str, experts: Sequence[Path]) -> tuple[tuple[str, Path], dict[st
 
 def _status(args: argparse.Namespace) -> int:
     from evomerge.report.status import status, status_text
+    from evomerge.rundir import before
 
+    if args.follow and before(args.dir) is None:
+        print(f"evomerge: waiting for a run in {args.dir}; Ctrl-C stops", file=sys.stderr, flush=True)
+        while before(args.dir) is None:
+            time.sleep(FOLLOW_SECONDS)
     while True:
         s = status(args.dir)
         _print(args, s, lambda s=s: status_text(s))  # type: ignore[misc]

@@ -144,6 +144,19 @@ class FitnessSpec(_Part):
         total = sum(w for _, w in weighted)
         return [(t, w / total) for t, w in weighted]
 
+    def units_added_by(self, goal: Goal) -> str:
+        """The metrics of an objective where they have several units and nobody says what each is worth; else "".
+
+        Weights say so, the tasks' own or the objective's.
+        """
+        weighted = self.weights_of(goal)
+        if isinstance(goal.tasks, Mapping) or any("weight" in t.model_fields_set for t, _ in weighted):
+            return ""
+        metrics = [(t, goal.metric or t.metric) for t, _ in weighted]
+        if len({t.unit(m) for t, m in metrics}) == 1:
+            return ""
+        return ", ".join(f"{m} of {t.name}" for t, m in metrics)
+
     def metrics_of(self, task: Task) -> tuple[str, ...]:
         """The columns of a task that objectives and tables read."""
         goals = (*self.goals, *self.constraints)

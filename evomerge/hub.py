@@ -33,6 +33,12 @@ SMALL = 50_000_000
 """Bytes that a file other than weights may have."""
 
 
+class HubId(str):
+    """A hub id as a file gave it; `instead_of` is the folder that it would have meant, were there one."""
+
+    instead_of: Path | None = None
+
+
 def named(folder: Path, name: str) -> str:
     """What a file in `folder` means by the name of a model: an absolute path, or a hub id as it stands.
 
@@ -41,7 +47,9 @@ def named(folder: Path, name: str) -> str:
     path = located(folder, name)
     if path.exists() or not _ID.fullmatch(name) or (folder / name.partition("/")[0]).is_dir():
         return str(path)
-    return name
+    out = HubId(name)
+    out.instead_of = path
+    return out
 
 
 def pinned(name: str) -> str:
@@ -56,7 +64,7 @@ def folder_of(name: str | Path) -> Path:
 
     Raises UserError in one line for models that are missing, private, gated, without safetensors or too large.
     """
-    name = str(name)
+    name = name if isinstance(name, str) else str(name)
     found = None if Path(name).is_absolute() or Path(name).is_dir() else _ID.fullmatch(name)
     if found is None:
         return Path(name)
@@ -137,6 +145,8 @@ def _told(repo: str, revision: str | None, name: str) -> Iterator[None]:
     )
 
     page = re.sub(r"//[^/@]*@", "//", constants.ENDPOINT) + f"/{repo}"
+    folder = getattr(name, "instead_of", None)
+    no_folder = "no such folder here" if folder is None else f"no folder {folder}"
     try:
         yield
     except GatedRepoError:
@@ -149,19 +159,19 @@ def _told(repo: str, revision: str | None, name: str) -> Iterator[None]:
         ) from None
     except RepositoryNotFoundError:
         raise UserError(
-            f"{name}: no such folder here and no such model at {page}; if it is private, set HF_TOKEN to a token "
+            f"{name}: {no_folder} and no such model at {page}; if it is private, set HF_TOKEN to a token "
             "that may read it"
         ) from None
     except (LocalEntryNotFoundError, RevisionResolutionError, OfflineModeIsEnabled) as e:
         if constants.HF_HUB_OFFLINE:
             raise UserError(
-                f"{name}: no such folder here, and HF_HUB_OFFLINE is set while the model is not wholly in the cache "
+                f"{name}: {no_folder}, and HF_HUB_OFFLINE is set while the model is not wholly in the cache "
                 f"{constants.HF_HUB_CACHE}; unset it, or fetch the model there first"
             ) from None
         if isinstance(e.__cause__, HfHubHTTPError):
             raise UserError(f"{name}: {_refused(e.__cause__, page)}") from None
         raise UserError(
-            f"{name}: no such folder here, and {page} cannot be reached ({type(e.__cause__ or e).__name__}); check the "
+            f"{name}: {no_folder}, and {page} cannot be reached ({type(e.__cause__ or e).__name__}); check the "
             "connection or HF_ENDPOINT, or set HF_HUB_OFFLINE=1 where the model is in the cache"
         ) from None
     except HfHubHTTPError as e:

@@ -191,6 +191,10 @@ class Journal:
         """True where the recorded events hold a result of this proposal on this item set."""
         return (proposal, items) in self._told
 
+    def asked_as(self, name: str) -> bool:
+        """True where the recorded events have proposals of this name."""
+        return any(e["kind"] == "asked" and e.get("name") == name for e in self.events)
+
     def asked(self, proposal: int) -> NDArray[np.float64] | None:
         """The genome of a proposal that recorded events ahead of the cursor have, else None."""
         if self._ahead is None:

@@ -181,7 +181,7 @@ def _model(name: str, path: Path) -> str:
     model = named(path.parent, name)
     if Path(model).is_absolute():
         raise UserError(f"{path}: genome: {name!r} is neither a folder nor a model's id on the hub")
-    return model
+    return name
 
 
 def _space(g: _Genome, base: str, where: str) -> dict[str, Any]:

@@ -281,6 +281,11 @@ def _check_alike(base: Checkpoint, expert: Checkpoint, name: str) -> None:
     _check_tokenizers(base, expert, who)
 
 
+_WAY_OUT = (
+    "take the base that this expert was trained from, or leave the expert out (`evomerge inspect` compares pools)"
+)
+
+
 def _check_tokenizers(base: Checkpoint, expert: Checkpoint, who: str) -> None:
     """Compare vocabularies; an expert without tokenizer files is taken to use the base's.
 
@@ -293,6 +298,7 @@ def _check_tokenizers(base: Checkpoint, expert: Checkpoint, who: str) -> None:
             if ours[token] != theirs[token]:
                 raise UserError(
                     f"{who}: another tokenizer: token {token!r} has id {theirs[token]}, in the base {ours[token]}"
+                    f"; {_WAY_OUT}"
                 )
         by_id = {i: t for t, i in ours.items()}
         for token in sorted(theirs.keys() - ours.keys()):
@@ -300,11 +306,12 @@ def _check_tokenizers(base: Checkpoint, expert: Checkpoint, who: str) -> None:
             if other is not None:
                 raise UserError(
                     f"{who}: another tokenizer: token {token!r} has id {theirs[token]}, in the base that is {other!r}"
+                    f"; {_WAY_OUT}"
                 )
         return
     a, b = base.path / "tokenizer.model", expert.path / "tokenizer.model"
     if a.exists() and b.exists() and a.read_bytes() != b.read_bytes():
-        raise UserError(f"{who}: another tokenizer: tokenizer.model differs from the base's")
+        raise UserError(f"{who}: another tokenizer: tokenizer.model differs from the base's; {_WAY_OUT}")
 
 
 def vocabulary(folder: Path) -> dict[str, int] | None:

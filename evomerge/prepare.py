@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from evomerge.budget import Allowance
-from evomerge.config import Budget, Experiment, Search, Stage, StagedSpec, Workers
+from evomerge.config import AdaptiveItems, Budget, Experiment, Search, Stage, StagedSpec, Workers
 from evomerge.errors import UserError
 from evomerge.fitness import FitnessSpec
 from evomerge.items import POLICIES, make_policy
@@ -183,6 +183,8 @@ def prepare(
     from evomerge.evaluate import pick_device
 
     check_algorithms(experiment)
+    if began_with is None:
+        check_units(fitness_of(experiment))
     items = load_items(experiment.tasks, allow)
     experiment = with_commits(experiment)
     pool = open_pool(experiment)
@@ -200,7 +202,7 @@ def prepare(
     experiment, picked = with_algorithms(experiment, spaces, allowance)
     check_algorithms(experiment)  # what auto picked
     if began_with is None:
-        picked = [*picked, *check_populations(experiment, spaces, allowance)]
+        picked = [*picked, *check_populations(experiment, spaces, allowance), *remarks_on(experiment, items)]
     folders = {n: c.path for n, c in pool.checkpoints.items()}
     prepared = Prepared(experiment, manifest, dtype, plans, spaces, device, (*picked, *pool.notes()), folders)
     prepared.given_recipes()
@@ -319,6 +321,38 @@ def check_algorithms(experiment: Experiment) -> None:
                             f"search: {name} compares models item by item, but task {task.name!r} scores a model as "
                             "a whole; leave it out of the objective"
                         )
+
+
+def check_units(fitness: FitnessSpec) -> None:
+    """Raises UserError where forgetting would add what is lost in one unit to what is lost in another.
+
+    Tasks with weights of their own in the objective say what one unit is worth in the other.
+    """
+    for goal in (*fitness.goals, *fitness.constraints):
+        if goal.kind == "forgetting" and (listed := fitness.units_added_by(goal)):
+            weights = ", ".join(f"{t.name}: 1" for t, _ in fitness.weights_of(goal))
+            raise UserError(
+                f"fitness: {goal.name} would add up losses in different units ({listed}); name tasks of one unit "
+                f"under its `tasks`, or say what a unit of each is worth: tasks: {{{weights}}}"
+            )
+
+
+def remarks_on(experiment: Experiment, items: Mapping[str, tuple[Item, ...]]) -> list[str]:
+    """What is allowed and still deserves a look before a run begins."""
+    notes = [f"task {t.name!r}: {note}" for t in experiment.tasks for note in t.remarks(items[t.name])]
+    fitness, policy = fitness_of(experiment), experiment.search.items
+    for goal in fitness.goals:
+        if goal.kind == "weighted_mean" and (listed := fitness.units_added_by(goal)):
+            notes.append(
+                f"fitness: {goal.name} adds different units ({listed}), so the one of larger numbers decides; give "
+                "tasks a weight each, or take objective: recovered_gain, or several objectives"
+            )
+    if isinstance(policy, AdaptiveItems) and fitness.floor is not None:
+        notes.append(
+            f"search.items: {policy.start} items of a sample fall below the base by chance, which fitness.floor makes "
+            "dear; take a larger start, or items: full"
+        )
+    return notes
 
 
 def check_items(search: Search, algorithm: str, needs: Needs) -> None:

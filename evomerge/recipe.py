@@ -379,6 +379,37 @@ class Recipe(_Part):
             out[rule.match.block] = rule
         return out
 
+    def grouped(self) -> Recipe:
+        """The same recipe with the blocks that share a rule under one match, layers as ranges: shorter to read.
+
+        Of a canonical recipe, which is what `canonical` makes of it again. Segments stay as they are.
+        """
+        if self.segments is not None:
+            return self
+        runs: dict[str, list[tuple[Rule, list[int]]]] = {}
+        for name, rule in self.blocks.items():
+            head, _, module = name.rpartition(".")
+            layer = [int(head.removeprefix("layers."))] if head else []
+            mine = runs.setdefault(module, [])
+            if mine and layer and mine[-1][1][-1] + 1 == layer[0] and _alike(mine[-1][0], rule):
+                mine[-1][1].append(layer[0])
+            else:
+                mine.append((rule, layer))
+        groups: list[tuple[Rule, tuple[int, int] | None, list[str]]] = []
+        for module, parts in runs.items():
+            for rule, layers in parts:
+                span = (layers[0], layers[-1]) if layers else None
+                same = [g for g in groups if g[1] == span and _alike(g[0], rule)]
+                if same:
+                    same[0][2].append(module)
+                else:
+                    groups.append((rule, span, [module]))
+        rules = []
+        for rule, span, modules in groups:
+            which = None if set(modules) == _IN_LAYERS else modules if len(modules) > 1 else modules[0]
+            rules.append(rule.model_copy(update={"match": Match.model_validate({"layers": span, "module": which})}))
+        return self.model_copy(update={"merge": tuple(rules)})
+
     @cached_property
     def id(self) -> str:
         """sha256 of the canonical JSON, 64 hex digits. ValueError on a recipe that is not canonical."""
@@ -423,6 +454,14 @@ class Recipe(_Part):
 
 
 Source.model_rebuild()  # Recipe and Source name each other
+
+
+_IN_LAYERS = {"attention", "mlp", "norm"}
+
+
+def _alike(a: Rule, b: Rule) -> bool:
+    """Whether two rules differ in their match at most."""
+    return (a.method, a.params, a.sources) == (b.method, b.params, b.sources)
 
 
 @lru_cache(maxsize=4096)

@@ -26,8 +26,8 @@ from evomerge.journal import Journal
 from evomerge.pareto import compromise, fronts, order
 from evomerge.prepare import Prepared, allowance_of, fitness_of, make_executor, needed_metrics, prepare
 from evomerge.progress import Progress, Silent
-from evomerge.proposal import Evaluation, Genome, Proposal, Result
-from evomerge.rundir import JOURNAL, Before, RunDirectory, before
+from evomerge.proposal import Evaluation, Genome, Proposal, Result, Scores
+from evomerge.rundir import EXPERIMENT, JOURNAL, Before, RunDirectory, before
 from evomerge.schema import validated
 from evomerge.score.plan import PlanShape
 from evomerge.search import make_optimizer, needs_of
@@ -112,11 +112,23 @@ def score_baselines(s: Session) -> None:
     if s.references is None:
         reason = next(f"{e.status}: {e.reason}" for _, e in scored if not e.ok)
         raise RunError(f"the base itself could not be scored ({reason}); check the model and the tasks")
+    note_unsolved(s, [e.scores for _, e in scored if e.scores is not None])
     given = [
         s.ask(Proposal(next(s.ids), 0, recipe=recipe), stage=-1, role="given") for recipe in s.prepared.given_recipes()
     ]
     for candidate, evaluation in [*scored, *s.score(given, items)]:
         s.keep(candidate, evaluation, items)
+
+
+def note_unsolved(s: Session, baselines: list[Scores]) -> None:
+    """Name tasks that no baseline solves at all: mostly a prompt or a pattern is wrong, and a search mends neither."""
+    experiment = s.prepared.experiment
+    for t in experiment.benchmarks:
+        if t.sign(t.metric) < 0 and not any(scores[t.name][t.metric].any() for scores in baselines):
+            s.progress.note(
+                f"every baseline scores 0 on {t.name!r}: look at its prompt, what is extracted and what is right; all "
+                f"metrics: evomerge score {experiment.models.base} {s.journal.path.parent / EXPERIMENT} --split search"
+            )
 
 
 class StageRun:
@@ -125,17 +137,18 @@ class StageRun:
     def __init__(self, s: Session, n: int, allowance: Allowance, rundir: RunDirectory) -> None:
         self.s, self.n, self.rundir = s, n, rundir
         experiment, space = s.prepared.experiment, s.prepared.spaces[n]
-        if n == 0 and experiment.search.probes:
+        algorithm, options = experiment.algorithm_of(s.prepared.stages[n])
+        needs = needs_of(algorithm)
+        # Algorithms that propose recipes begin from no point; runs that began before they skipped these have them.
+        if n == 0 and experiment.search.probes and (needs.proposes == "genomes" or s.journal.asked_as("probe")):
             score_probes(s, allowance, rundir)
         start, *others = starts(s, n)
         inputs: dict[str, Any] = {"start": encode_array(start)}
         if others:
             inputs["others"] = [encode_array(g) for g in others]
         s.journal.record("stage", n=n, inputs=inputs)
-        algorithm, options = experiment.algorithm_of(s.prepared.stages[n])
         rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([experiment.search.seed, n])))
         fitness = fitness_of(experiment)
-        needs = needs_of(algorithm)
         begin = Start(
             start,
             others=tuple(others),

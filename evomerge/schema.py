@@ -27,26 +27,73 @@ def validated(model: type[T], data: Any, where: str) -> T:
 
 
 def _first_line(model: type[BaseModel], data: Any, error: ValidationError) -> str:
-    # Unknown keys first: a misspelt key usually causes the other complaints. Last what a mapping gets to hear
-    # where it could also have been a name ("should be a valid string").
-    errors = sorted(error.errors(), key=lambda e: (e["type"] != "extra_forbidden", _another_shape(e)))
+    # Unknown keys first: a misspelt key usually causes the other complaints. Then the innermost: a list that is too
+    # short for its bad entries says less. Last what a mapping gets to hear where it could also have been a name.
+    errors = sorted(
+        error.errors(), key=lambda e: (e["type"] != "extra_forbidden", -len(_place(e, data)), _another_shape(e))
+    )
     first = errors[0]
-    at = ".".join(_place(first, data))
+    place = _place(first, data)
+    at = ".".join(place)
     if first["type"] == "extra_forbidden":
         known = _fields_at(model, first["loc"][:-1])
         key = str(first["loc"][-1])
         return f"unknown key {at!r}{nearest(key, known)}"
     if first["type"] == "missing":
         return f"the key {at!r} is missing"
-    message = first["msg"].removeprefix("Value error, ")
-    got = "" if "got" in message or isinstance(first["input"], dict | list) else f", got {first['input']!r}"
-    text = f"{at}: {message}{got}" if at else f"{message}{got}"
-    return " ".join(text.split())[:400]
+    if _wanted(model, first):
+        wanted = [w for e in errors if _place(e, data) == place if (w := _wanted(model, e))]
+        text = f"expected {' or '.join(dict.fromkeys(wanted))}, got {_came(first['input'])}"
+    else:
+        text = first["msg"].removeprefix("Value error, ")
+        if "got" not in text and not isinstance(first["input"], dict | list):
+            text = f"{text}, got {first['input']!r}"
+    return " ".join((f"{at}: {text}" if at else text).split())[:400]
 
 
 def _another_shape(error: ErrorDetails) -> bool:
     shapes = ("string_type", "literal_error", "tuple_type", "model_type", "dict_type")
     return error["type"] in shapes and isinstance(error["input"], dict | list)
+
+
+_RULES = {
+    "string_type": "a text",
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "a whole number"),
+    **dict.fromkeys(("float_type", "float_parsing"), "a number"),
+    "finite_number": "a finite number",
+    **dict.fromkeys(("bool_type", "bool_parsing"), "true or false"),
+    **dict.fromkeys(("dict_type", "mapping_type"), "a mapping, such as {{name: value}}"),
+    **dict.fromkeys(("list_type", "tuple_type"), "a list, such as [one, two]"),
+    "literal_error": "{expected}",
+    "union_tag_invalid": "one of {expected_tags} as {discriminator}",
+    "union_tag_not_found": "a mapping with the key {discriminator}",
+    "greater_than": "more than {gt:g}",
+    "greater_than_equal": "at least {ge:g}",
+    "less_than": "less than {lt:g}",
+    "less_than_equal": "at most {le:g}",
+    "too_short": "{min_length} or more entries",
+    "too_long": "at most {max_length} entries",
+    "string_too_short": "a text of at least {min_length} characters",
+    "string_too_long": "a text of at most {max_length} characters",
+    "string_pattern_mismatch": "a text that matches {pattern}",
+}
+"""pydantic's kind of error -> what was expected, with places for its context."""
+
+
+def _wanted(model: type[BaseModel], error: ErrorDetails) -> str | None:
+    """What was expected in the place of an error, None where its own message says so."""
+    if error["type"] in ("model_type", "model_attributes_type"):
+        return f"a mapping with keys such as {', '.join(list(_fields_at(model, error['loc']))[:6])}"
+    rule = _RULES.get(error["type"])
+    return None if rule is None else rule.format(**error.get("ctx", {}))
+
+
+def _came(value: Any) -> str:
+    if isinstance(value, dict):
+        return "a mapping" if value else "an empty mapping"
+    if isinstance(value, list | tuple):
+        return "a list" if value else "an empty list"
+    return "nothing" if value is None else repr(value)
 
 
 def _place(error: ErrorDetails, data: Any) -> list[str]:
@@ -63,8 +110,8 @@ def _place(error: ErrorDetails, data: Any) -> list[str]:
     return out
 
 
-def _fields_at(model: type[BaseModel], path: tuple[Any, ...]) -> set[str]:
-    """Names (aliases) of the fields of the model that stands at `path`; empty where there is none."""
+def _fields_at(model: type[BaseModel], path: tuple[Any, ...]) -> tuple[str, ...]:
+    """Names (aliases) of the fields of the model that stands at `path`, in its order; empty where there is none."""
     here: list[Any] = [model]
     for part in path:
         found = [
@@ -78,11 +125,8 @@ def _fields_at(model: type[BaseModel], path: tuple[Any, ...]) -> set[str]:
         tagged = [t for t in here if _kind(t) == part]
         # Positions in lists and keys of mappings are no fields: stay where we are.
         here = found or tagged or here
-    out: set[str] = set()
-    for t in here:
-        if isinstance(t, type) and issubclass(t, BaseModel):
-            out |= {f.alias or n for n, f in t.model_fields.items()}
-    return out
+    models = [t for t in here if isinstance(t, type) and issubclass(t, BaseModel)]
+    return tuple(dict.fromkeys(f.alias or n for t in models for n, f in t.model_fields.items()))
 
 
 def _kind(model: Any) -> Any:

@@ -398,7 +398,8 @@ class RuleSpace:
                 for method in self.methods
                 for c, k in method.coefficients.items()
                 if c not in self.spec.axes
-            },
+            }
+            | dict(self.spec.params),
         }
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
 
 from evomerge.cli import main
 
@@ -97,6 +98,21 @@ def known_question(data: Data, folder: Path, make: TinyModel) -> None:
     data["fitness"]["tasks"][0] = {"name": "arc", "preset": "arc", "splits": splits}
 
 
+def long_items(data: Data, folder: Path, make: TinyModel) -> None:
+    items({"question": "a b c " * 200, "choices": ["1", "2"], "gold": 0})(data, folder, make)
+
+
+def plain_text(data: Data, folder: Path, make: TinyModel) -> None:
+    splits = data["fitness"]["tasks"][0]["splits"]
+    data["fitness"]["tasks"][0] = {"name": "texts", "kind": "perplexity", "splits": splits, "text": "question"}
+
+
+def other_units(data: Data, folder: Path, make: TinyModel) -> None:
+    texts = {"name": "texts", "kind": "perplexity", "text": "{question}", "data": "sums_search.jsonl"}
+    data["fitness"]["tasks"].append(texts)
+    data["fitness"]["constraints"] = [{"name": "kept", "kind": "forgetting", "at_most": 0.02}]
+
+
 TASK = "fitness__tasks__0__"
 CASES: dict[str, tuple[Spoil, str]] = {
     "missing model folder": (gone, "two: no such model folder"),
@@ -106,6 +122,18 @@ CASES: dict[str, tuple[Spoil, str]] = {
     "another width": (expert_of("llama", hidden_size=48), "expert 'one'"),
     "another number of layers": (expert_of("llama", num_hidden_layers=3), "3 layers, but the base has 2"),
     "token with another id": (other_tokens, "another tokenizer: token"),
+    "a way out of that": (other_tokens, "take the base that this expert was trained from, or leave the expert out"),
+    "folder that is not there": (keys(models__base="models/nope"), "experiment/models/nope, and HF_HUB_OFFLINE is set"),
+    "experts as a list": (keys(models__experts=["one"]), "models.experts: expected a mapping, such as {name: value}"),
+    "no experts": (keys(models__experts={}), "models.experts: expected 1 or more entries, got an empty mapping"),
+    "budget in words": (
+        keys(search__budget="lots"),
+        "search.budget: expected a mapping with keys such as evaluations, minutes, item_evaluations, got 'lots'",
+    ),
+    "task in words": (
+        keys(fitness__tasks=["sums"]),
+        "fitness.tasks.0: expected a mapping with keys such as name, kind",
+    ),
     "encoder-decoder": (keys(models__base="t5"), "t5"),
     "misspelt key": (keys(serach={}), "unknown key 'serach'; did you mean 'search'?"),
     "unknown algorithm": (keys(search__algorithm="cma"), "unknown algorithm 'cma'; did you mean 'cma-es'?"),
@@ -116,6 +144,16 @@ CASES: dict[str, tuple[Spoil, str]] = {
     "unknown kind of task": (keys(**{f"{TASK}kind": "generative"}), "kind: should be one of multiple_choice"),
     "unknown metric": (keys(**{f"{TASK}metric": "acuracy"}), "unknown metric 'acuracy'; did you mean 'accuracy'?"),
     "unknown preset": (keys(**{f"{TASK}preset": "gsm9k"}), "gsm8k"),
+    "preset without its language": (
+        keys(**{f"{TASK}preset": "mgsm"}),
+        "preset 'mgsm' needs a language; choose one of mgsm-bn, mgsm-de",
+    ),
+    "text of perplexity without a field": (plain_text, "expected a template with a field in braces, such as {text}"),
+    "items beyond the model": (long_items, "task 'sums': 1 of 15 items have more than the 256 tokens"),
+    "forgetting over several units": (
+        other_units,
+        "kept would add up losses in different units (cross_entropy of sums, cross_entropy of words, bits_per_byte of",
+    ),
     "generation without a target": (
         keys(**{TASK[:-2]: {"name": "sums", "kind": "generation", "max_tokens": 4, "data": "sums_search.jsonl"}}),
         "the field 'target'",
@@ -140,9 +178,15 @@ CASES: dict[str, tuple[Spoil, str]] = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_bad_input(
-    case: str, good: tuple[Data, Path], tiny_model: TinyModel, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    case: str,
+    good: tuple[Data, Path],
+    tiny_model: TinyModel,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     """Status 2, one line on stderr with the reason, nothing on stdout, no run directory."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     data, folder = good
     spoil, words = CASES[case]
     spoil(data, folder, tiny_model)

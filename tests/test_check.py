@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from evomerge.check import check, text
+from evomerge.cli import main
 from evomerge.config import load
 from evomerge.errors import UserError
 from evomerge.licences import NO_ADVICE
@@ -95,6 +97,25 @@ def test_a_choice_of_methods_is_described(experiment_with: Callable[..., Any]) -
     assert c.memory_bytes > dare.memory_bytes == check(experiment_with()).memory_bytes
 
 
+def test_options_of_the_method_are_described(experiment_with: Callable[..., Any]) -> None:
+    """What the space's params set stands among what is fixed, numbers and words."""
+    c = check(experiment_with(**{"search_space.method": "dare_ties", "search_space.params": {"rescale": "l1"}}))
+
+    assert "fixed: density 1, lambda 1, mask_seed 0, rescale l1" in text(c)
+
+
+def test_objectives_over_several_units_are_noted(experiment_with: Callable[..., Any], small_experiment: Path) -> None:
+    """A plain mean of accuracy and cross-entropy is allowed and told; with weights of their own it is meant so."""
+    tasks = json.loads(small_experiment.read_text())["fitness"]["tasks"]
+    mixed = [{**tasks[0], "metric": "accuracy"}, tasks[1]]
+    weighted = [{**mixed[0], "weight": 2.0}, mixed[1]]
+
+    [note] = [n for n in check(experiment_with(**{"fitness.tasks": mixed})).notes if n.startswith("fitness: ")]
+    assert "loss adds different units (accuracy of sums, cross_entropy of words)" in note
+    for fine in (tasks, weighted):
+        assert not any("units" in n for n in check(experiment_with(**{"fitness.tasks": fine})).notes)
+
+
 def test_layer_swapping_is_described(experiment_with: Callable[..., Any]) -> None:
     """Sources that are given are fixed, numbers of layers have bounds."""
     lines = text(check(experiment_with(search_space={"layer_swap": {"outer": "one", "embed": "base"}})))
@@ -119,3 +140,19 @@ def test_check_touches_no_gpu(experiment_with: Callable[..., Any], monkeypatch: 
     monkeypatch.setattr(torch.cuda, "_lazy_init", refuse)
 
     assert check(experiment_with()).device == "cpu"
+
+
+def test_adaptive_items_with_a_floor_are_noted(experiment_with: Callable[..., Any]) -> None:
+    """A hinge is paid by chance on few items; without one, or with all items, there is nothing to say."""
+    adaptive = {"search.items": {"policy": "adaptive", "start": 10}}
+    hinge = {"fitness.floor": {"penalty": 3.0}}
+
+    assert any("take a larger start" in n for n in check(experiment_with(**adaptive, **hinge)).notes)
+    for fine in (adaptive, hinge):
+        assert not any("larger start" in n for n in check(experiment_with(**fine)).notes)
+
+
+def test_the_collector_is_back_after_check(capsys: pytest.CaptureFixture[str]) -> None:
+    """The command turns the search for cyclic garbage off for itself only, also where it refuses something."""
+    assert main(["check", "quickstrat"]) == 2
+    assert gc.isenabled()

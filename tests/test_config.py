@@ -213,7 +213,7 @@ BAD: list[tuple[Data, str]] = [
     (task(Metric="accuracy"), "unknown key 'fitness.tasks.0.Metric'; did you mean 'metric'?"),
     ({"fitness": {"task": []}}, "unknown key 'fitness.task'; did you mean 'tasks'?"),
     # names of things
-    ({"name": "a/b"}, "name: String should match pattern"),
+    ({"name": "a/b"}, "name: expected a text that matches"),
     ({"search.algorithm": "cmaes"}, "search.algorithm: unknown algorithm 'cmaes'; did you mean 'cma-es'?"),
     ({"search_space": "per-layr"}, "unknown search space 'per-layr'; did you mean 'per-layer'?"),
     ({"search_space": "nowhere.yaml"}, "search space: no such file"),
@@ -231,7 +231,7 @@ BAD: list[tuple[Data, str]] = [
     ({"models.experts": {"base": "x"}}, "the name 'base' is reserved"),
     ({"models.experts": {"uniform": "x"}}, "the name 'uniform' is reserved"),
     ({"models.experts": {"a b": "x"}}, "'a b'"),
-    ({"models.experts": {"Math": 3}}, "models.experts.Math: Input should be a valid string, got 3"),
+    ({"models.experts": {"Math": 3}}, "models.experts.Math: expected a text, got 3"),
     # spaces
     ({"search_space": {"axes": {"weight": {"low": 1, "high": 0}}}}, "`low < high` must hold, but got (low=1, high=0)"),
     ({"search_space": {**SPACE, "params": {"lambda": "big"}}}, "lambda"),
@@ -261,7 +261,7 @@ BAD: list[tuple[Data, str]] = [
     ({**task(), "fitness.floor": {"penalty": 0}}, "fitness.floor.penalty"),
     ({**task(), "fitness.objective": "best"}, "fitness.objective"),
     # search
-    ({"search.budget": {"evaluations": 0}}, "search.budget.evaluations: Input should be greater than 0, got 0"),
+    ({"search.budget": {"evaluations": 0}}, "search.budget.evaluations: expected more than 0, got 0"),
     ({"search.budget": {"minutes": -1}}, "search.budget.minutes"),
     ({"search.budget": {}}, "exactly one of evaluations, minutes, item_evaluations is needed, got none"),
     ({"search.budget": {"evaluations": 5, "minutes": 1}}, "got ['evaluations', 'minutes']"),

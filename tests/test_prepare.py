@@ -215,7 +215,7 @@ def test_long_items_are_refused_before_the_run(experiment_with: With, tmp_path: 
     lines = [json.dumps({**long, "question": f"{i} " + long["question"]}) + "\n" for i in range(40)]
     (tmp_path / "long.jsonl").write_text("".join(lines))
 
-    with pytest.raises(UserError, match=r"long\.jsonl:\d+: \d+ tokens .* the model takes 256"):
+    with pytest.raises(UserError, match=r"40 of 40 items .* 256 tokens .* the first, long\.jsonl:\d+, has \d+ "):
         prepare(experiment_with(fitness={"tasks": [{"name": "t", "data": str(tmp_path / "long.jsonl")}]}))
 
 

@@ -335,6 +335,40 @@ def test_canonical_is_idempotent_and_survives_yaml(data: Data, manifest_of: Any)
     assert back.to_yaml() == r.to_yaml()
 
 
+@settings(max_examples=60, deadline=None)
+@given(data=RECIPES, tied=st.booleans())
+def test_grouped_is_the_same_recipe_in_fewer_rules(data: Data, tied: bool, manifest_of: Any) -> None:
+    """What `show` prints is made canonical into the same recipe, with at most one rule a block."""
+    m = manifest_of(layers=4, tied=tied)
+    r = Recipe.from_yaml(dump_yaml(data)).canonical(m)
+
+    short = r.grouped()
+    assert Recipe.from_yaml(short.to_yaml()).canonical(m).id == r.id
+    assert short.merge is not None
+    assert len(short.merge) <= len(r.blocks)
+
+
+def test_equal_neighbours_share_a_rule(manifest_of: Any) -> None:
+    """Layers as ranges, modules together, and a block whose rule is another one breaks the range of its module."""
+    rule = {"method": "task_arithmetic", "sources": {"math": {"weight": 0.5}}}
+    other = {**rule, "match": {"block": "layers.2.mlp"}, "sources": {"code": {"weight": 1.0}}}
+    m = manifest_of(layers=4)
+    whole = Recipe.model_validate({"merge": [rule]}).canonical(m).grouped()
+    broken = Recipe.model_validate({"merge": [other, rule]}).canonical(m).grouped()
+
+    def matches(r: Recipe) -> list[Any]:
+        return [x["match"] for x in r.to_json()["merge"]]
+
+    assert matches(whole) == [{"module": ["embed", "final_norm", "head"]}, {"layers": [0, 3]}]
+    assert matches(broken) == [
+        {"module": ["embed", "final_norm", "head"]},
+        {"layers": [0, 3], "module": ["attention", "norm"]},
+        {"layers": [0, 1], "module": "mlp"},
+        {"layers": [2, 2], "module": "mlp"},
+        {"layers": [3, 3], "module": "mlp"},
+    ]
+
+
 @settings(max_examples=40, deadline=None)
 @given(data=RECIPES)
 def test_written_recipe_reads_back_equal(data: Data) -> None:
@@ -463,7 +497,7 @@ def test_parts_of_segments_within_a_stretch(m: Manifest) -> None:
         ([0, 10], {"math": [1.0, 0.0]}, "all weights of a segment are 0"),
         ([5], {"math": [1.0]}, "cuts must begin with 0 and rise"),
         ([0, 9, 9], {"math": [1, 2, 3]}, "cuts must begin with 0 and rise"),
-        ([0, -3], {"math": [1, 2]}, "greater than or equal to 0"),
+        ([0, -3], {"math": [1, 2]}, "expected at least 0, got -3"),
         ([0, 10], {"math": [1]}, "source 'math' has 1 weights for 2 segments"),
         ([0], {"math": [float("nan")]}, "segments.weights.math.0"),
         ([0], {"math": [1e7]}, "segments.weights.math.0"),
@@ -492,7 +526,7 @@ def test_segments_of_another_layout_are_refused(m: Manifest, manifest_of: Any) -
 BAD: list[tuple[str, str]] = [
     ("", "expected a mapping of keys, got NoneType"),
     ("[1]", "expected a mapping of keys, got list"),
-    ("recipe: 2", "recipe: Input should be 1, got 2"),
+    ("recipe: 2", "recipe: expected 1, got 2"),
     ("dtyp: float32", "unknown key 'dtyp'; did you mean 'dtype'?"),
     ("Merge: []", "unknown key 'Merge'; did you mean 'merge'?"),
     ("str: 1", "unknown key 'str'"),
@@ -503,7 +537,7 @@ BAD: list[tuple[str, str]] = [
     ("merge: [{method: linear, sources: {Math: {wieght: 1}}}]", "no 'wieght' per source; did you mean 'weight'?"),
     (
         "merge: [{method: linear, sources: {Math: 3}}]",
-        "merge.0.sources.Math: Input should be a valid dictionary, got 3",
+        "merge.0.sources.Math: expected a mapping, such as {name: value}, got 3",
     ),
     ("merge: [{method: ties, params: {lamda: 1}, sources: {}}]", "no parameter 'lamda'; did you mean 'lambda'?"),
     ("merge: [{method: ties, params: {normalize: 1}, sources: {}}]", "normalize: expected one of [True, False], got 1"),

@@ -130,11 +130,13 @@ def test_evaluations_are_a_table(finished_run: Path) -> None:
 
 def test_python_interface(small_experiment: Path, tmp_path: Path, finished_run: Path) -> None:
     """evomerge.run takes a file and overrides and returns the history of the folder it names, twice as well as once."""
-    evomerge.run(small_experiment, tmp_path / "out", {"name": "renamed"})
+    evomerge.run(small_experiment, tmp_path / "out", {"name": "renamed", "export.format": "mergekit"})
+    assert (tmp_path / "out" / "exports" / "mergekit").is_file()
     history = evomerge.run(small_experiment, tmp_path / "out", {"name": "renamed"})
 
     assert history.path == tmp_path / "out"
     assert history.experiment.name == "renamed"
+    assert "<h1>renamed: evomerge run</h1>" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert journal(tmp_path / "out") == journal(finished_run)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from evomerge.check import check, text
 from evomerge.config import load
 from evomerge.history import History
+from evomerge.progress import Terminal
 from evomerge.report.results import results
 from evomerge.run import run
 
@@ -74,3 +76,38 @@ def test_a_run_over_written_answers(experiment: Any, tmp_path: Path) -> None:
     run(experiment, half)
     assert (half / "journal.jsonl").read_bytes() == journal
     assert History.read(half).winner_id == history.winner_id
+
+
+NEVER = {"regex": "#### (.+)"}
+
+
+@pytest.mark.parametrize(
+    ("task", "words"),
+    [
+        ({"name": "add", "extract": NEVER}, "task 'add': the pattern '#### (.+)' matches no target, such as"),
+        ({"name": "rev", "extract": NEVER}, "task 'rev': the pattern '#### (.+)' matches no few-shot answer, such as"),
+        ({"name": "rev", "extract": {"regex": r"(\w+)"}}, None),
+    ],
+)
+def test_patterns_that_match_nothing_are_noted(experiment: Any, task: dict[str, Any], words: str | None) -> None:
+    """Without a model: by the few-shot answers where there are some, else by the targets."""
+    data = experiment.model_dump(mode="json", exclude_defaults=True)
+    [mine] = [t for t in data["fitness"]["tasks"] if t["name"] == task["name"]]
+    mine |= task
+    notes = [n for n in check(load(data)).notes if "pattern" in n]
+
+    assert len(notes) == (words is not None)
+    assert words is None or notes[0].startswith(words)
+
+
+def test_tasks_that_no_baseline_solves_are_named_at_once(experiment: Any, tmp_path: Path) -> None:
+    """Behind the baselines, before the search; a task that one of them solves is not."""
+    data = experiment.model_dump(mode="json", exclude_defaults=True)
+    data["fitness"]["tasks"][1]["extract"] = NEVER
+    out = io.StringIO()
+    run(load(data), tmp_path / "run", Terminal(out))
+    said = [line for line in out.getvalue().splitlines() if line.startswith("every baseline scores 0")]
+
+    assert len(said) == 1
+    assert "0 on 'rev'" in said[0]
+    assert f"{tmp_path / 'run' / 'experiment.yaml'} --split search" in said[0]

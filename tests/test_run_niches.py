@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from evomerge.history import History
 from evomerge.report.coefficients import coefficient_maps
 from evomerge.report.page import _coefficients
 from evomerge.run import run
+from evomerge.search.niches import Niches
 from evomerge.warm import finalists_of
 
 With = Callable[..., Any]
@@ -131,3 +133,21 @@ def test_what_has_no_items_is_refused(experiment_with: With, tmp_path: Path) -> 
         with pytest.raises(UserError, match="niches compares models item by item, but task 'near' scores a model as"):
             do()
     assert not (tmp_path / "out").exists()
+
+
+def test_no_probes_where_axes_are_unused(
+    experiment_with: With, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Algorithms that propose recipes score none; a run that has them from an earlier version goes on with them."""
+    probing = {**NICHES, "search": {**NICHES["search"], "probes": True, "budget": {"evaluations": 40}}}
+    plain = run(experiment_with(**probing), tmp_path / "plain")
+    with monkeypatch.context() as earlier:
+        earlier.setattr(Niches, "needs", replace(Niches.needs, proposes="genomes"))
+        old = run(experiment_with(**probing), tmp_path / "old")
+    journal = (tmp_path / "old" / "journal.jsonl").read_bytes()
+    (tmp_path / "old" / "journal.jsonl").write_bytes(journal[: len(journal) // 2])
+    run(experiment_with(**probing), tmp_path / "old")
+
+    assert not any(e.name == "probe" for e in plain.entries.values())
+    assert any(e.name == "probe" for e in old.entries.values())
+    assert (tmp_path / "old" / "journal.jsonl").read_bytes() == journal

@@ -26,6 +26,7 @@ class Outer(BaseModel):
     by_key: Mapping[str, Inner] = {}
     rows: tuple[Inner, ...] = ()
     either: Literal["a"] | Inner | tuple[Inner, ...] = "a"
+    some: Mapping[str, str] = Field({"x": "y"}, min_length=1)
 
 
 @pytest.mark.parametrize(
@@ -36,16 +37,23 @@ class Outer(BaseModel):
         ({"rows": [{"size": 1}, {"siz": 1}]}, "unknown key 'rows.1.siz'; did you mean 'size'?"),
         ({"rows": [{"size": 1, "form": "x"}]}, "unknown key 'rows.0.form'; did you mean 'from'?"),
         ({"rows": [{}]}, "the key 'rows.0.size' is missing"),
-        ({"by_key": {"Math": {"size": 0}}}, "by_key.Math.size: Input should be greater than 0, got 0"),
-        ({"by_key": {"str": {"size": 0}}}, "by_key.str.size: Input should be greater than 0, got 0"),
+        ({"by_key": {"Math": {"size": 0}}}, "by_key.Math.size: expected more than 0, got 0"),
+        ({"by_key": {"str": {"size": 0}}}, "by_key.str.size: expected more than 0, got 0"),
         ({"by_key": {"Math": {"Size": 1}}}, "unknown key 'by_key.Math.Size'; did you mean 'size'?"),
-        ({"named": {"size": 0}}, "named.size: Input should be greater than 0, got 0"),
+        ({"named": {"size": 0}}, "named.size: expected more than 0, got 0"),
         ({"named": {}}, "the key 'named.size' is missing"),
-        ({"named": 3}, "named: Input should be a valid string, got 3"),
-        ({"either": {"size": -1}}, "either.size: Input should be greater than 0, got -1"),
-        ({"either": [{"size": 1}, {"size": "x"}]}, "either.1.size: Input should be a valid integer"),
-        ({"either": "b"}, "either: Input should be 'a', got 'b'"),
+        ({"named": 3}, "named: expected a text or a mapping with keys such as size, from, got 3"),
+        ({"either": {"size": -1}}, "either.size: expected more than 0, got -1"),
+        ({"either": [{"size": 1}, {"size": "x"}]}, "either.1.size: expected a whole number, got 'x'"),
+        ({"either": "b"}, "either: expected 'a' or a mapping with keys such as size, from or a list"),
         ({"rows": [{"size": "x" * 10_000}]}, "rows.0.size"),
+        ({"by_key": ["a"]}, "by_key: expected a mapping, such as {name: value}, got a list"),
+        ({"by_key": {"a": "b"}}, "by_key.a: expected a mapping with keys such as size, from, got 'b'"),
+        ({"by_key": None}, "by_key: expected a mapping, such as {name: value}, got nothing"),
+        ({"rows": 3}, "rows: expected a list, such as [one, two], got 3"),
+        ({"rows": [{"size": 1.5}]}, "rows.0.size: expected a whole number, got 1.5"),
+        ({"some": {}}, "some: expected 1 or more entries, got an empty mapping"),
+        ({"some": {"a": "b", "c": []}}, "some.c: expected a text, got an empty list"),
         ([1], "expected a mapping of keys, got list"),
         (None, "expected a mapping of keys, got NoneType"),
     ],

@@ -17,7 +17,16 @@ from evomerge.history import Entry, History
 from evomerge.licences import Licence, common_licence, licence_of, remarks
 from evomerge.proposal import Scores
 from evomerge.recipe import Recipe
-from evomerge.report.results import MEAN, comparable, difference, interval, mean_over_tasks, results, warnings_on
+from evomerge.report.results import (
+    MEAN,
+    comparable,
+    difference,
+    interval,
+    mean_over_tasks,
+    results,
+    spread,
+    warnings_on,
+)
 
 CARD = "README.md"
 HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w.-]+))?", re.ASCII)
@@ -52,12 +61,7 @@ def parent_of(name: str, folder: Path, sha256: str, config: Mapping[str, Any], g
         return Parent(name, f"{cache[1]}/{cache[2]}", True, folder.name, sha256, licence)
     claimed = str(config.get("_name_or_path", ""))
     hint = claimed if HUB_ID.fullmatch(claimed) else ""
-    return Parent(name, _slug(folder.name) or _slug(name) or "model", False, "", sha256, licence, hint)
-
-
-def _slug(name: str) -> str:
-    """A name that the hub lets stand in `base_model`; it refuses a card with others."""
-    return re.sub(r"([^A-Za-z0-9._]|\.{2,})+", "-", name).strip("-.")[:96]
+    return Parent(name, folder.name or name, False, "", sha256, licence, hint)
 
 
 def model_card(
@@ -133,7 +137,7 @@ def _front_matter(parents: Sequence[Parent], history: History | None, candidate:
         data["license_link"] = licence.link or None
     scored = []
     if history is not None and candidate is not None and (scores := history.entry(candidate).scores("report")):
-        for t in history.experiment.tasks:
+        for t in history.experiment.benchmarks:
             score, low, high = interval(scores[t.name][t.report_metric])
             n = len(scores[t.name][t.report_metric])
             scored.append(
@@ -148,9 +152,10 @@ def _front_matter(parents: Sequence[Parent], history: History | None, candidate:
                     metric_value=round(score, 4),
                 )
             )
+    on_hub = list(dict.fromkeys(p.model for p in parents if p.hub))
     card = ModelCardData(
-        base_model=list(dict.fromkeys(p.model for p in parents)),
-        base_model_relation="merge",
+        base_model=on_hub or None,  # the hub takes its own ids only
+        base_model_relation="merge" if on_hub else None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["merge", "evomerge"],
@@ -175,7 +180,7 @@ def _parents(parents: Sequence[Parent]) -> list[str]:
         rows.append(["base" if i == 0 else "expert", md(p.name), model, f"`{p.sha256[:12]}`", md(p.licence.id)])
     lines = _table(["role", "name", "model", "sha256 of the weights", "licence"], rows)
     if not all(p.hub for p in parents):
-        lines += ["", "`base_model` above names folders where no id on the hub is known."]
+        lines += ["", "`base_model` above names those parents only whose id on the hub is known."]
     found = remarks({p.name: p.licence for p in parents})
     if found:
         return [*lines, "", "Licences, as the parents' own files state them:", "", *(f"- {md(r)}" for r in found)]
@@ -229,7 +234,11 @@ def _row(history: History, scores: Scores) -> list[str]:
     cells = list(map(interval, columns))
     if comparable(history):
         cells.append(mean_over_tasks(columns)[:3])
-    return [f"{score:.3f} \\[{low:.2f}, {high:.2f}\\]" for score, low, high in cells]
+    return [f"{score:.3f}{_spread(low, high)}" for score, low, high in cells]
+
+
+def _spread(low: float, high: float, form: str = ".2f") -> str:
+    return spread(low, high, form).replace("[", "\\[").replace("]", "\\]")
 
 
 def _differences(history: History, own: Scores, other: Scores) -> list[str]:
@@ -238,7 +247,7 @@ def _differences(history: History, own: Scores, other: Scores) -> list[str]:
     if comparable(history):
         cells.append(mean_over_tasks([a.astype("float64") - b.astype("float64") for a, b in pairs]))
     return [
-        f"{d:+.3f} \\[{low:+.2f}, {high:+.2f}\\], p {'< 0.001' if p < 0.001 else f'= {p:.2g}'}"
+        f"{d:+.3f}{_spread(low, high, '+.2f')}, p {'< 0.001' if p < 0.001 else f'= {p:.2g}'}"
         for d, low, high, p in cells
     ]
 
@@ -266,14 +275,14 @@ def _notes(history: History, entry: Entry, split: str) -> list[str]:
 
 
 def _recipe(recipe: Recipe) -> list[str]:
-    form = "One rule a block; blocks without one are the base's."
+    form = "Blocks without a rule are the base's."
     if recipe.segments is not None:
         form = "Piecewise: from each cut to the next, counted in weights, a linear mix of the parents."
     return [
         f"`{recipe.id}`, built in {recipe.dtype}. {form}",
         "",
         "<details>\n<summary>recipe</summary>\n",
-        *_fenced(recipe.to_yaml(), "yaml"),
+        *_fenced(recipe.grouped().to_yaml(), "yaml"),
         "\n</details>",
     ]
 

@@ -48,3 +48,11 @@ def write_export(history: History, number: int, form: str, target: Path) -> Path
         history=history,
         candidate=number,
     )
+
+
+def write_asked(history: History, form: str | None) -> None:
+    """Write the winner as exports/FORM in the run directory, where an experiment asks for a form, and once."""
+    if form is not None and history.winner_id is not None:
+        target = history.path / "exports" / form
+        if not target.exists():
+            write_export(history, history.winner_id, form, target)

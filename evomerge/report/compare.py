@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from evomerge.history import History
-from evomerge.report.results import results
+from evomerge.report.results import results, spread
 from evomerge.report.status import status
+
+SHORT = 60
+"""Characters of a setting that are printed; `--json` has all."""
 
 
 def compare(a: History, b: History, split: str) -> dict[str, Any]:
@@ -46,15 +49,22 @@ def _flat(data: Any, path: str = "") -> dict[str, Any]:
 
 
 def compare_text(c: dict[str, Any]) -> str:
-    """For people."""
-    lines = [f"A  {c['runs'][0]}", f"B  {c['runs'][1]}", ""]
-    lines += [f"{k}: {a!r} | {b!r}" for k, (a, b) in c["differences"].items()] or ["the experiments are the same"]
-    lines += ["", f"{'model':<12} {'task':<12} {'A':>24} {'B':>24}"]
+    """For people: scores, work, then the settings that differ."""
+    lines = [f"A  {c['runs'][0]}", f"B  {c['runs'][1]}", "", f"{'model':<12} {'task':<12} {'A':>24} {'B':>24}"]
     for row in c["scores"]:
         cells = [
-            "-" if s is None else f"{s:.3f} [{low:.2f}, {high:.2f}]"
+            "-" if s is None else f"{s:.3f}{spread(low, high)}"
             for s, low, high in zip(row["scores"], row["low"], row["high"], strict=True)
         ]
         lines.append(f"{row['model']:<12} {row['task']:<12} {cells[0]:>24} {cells[1]:>24}")
     lines += [""] + [f"{k:<12} {a!s:>12} {b!s:>12}" for k, (a, b) in c["work"].items()]
-    return "\n".join(lines)
+    if not c["differences"]:
+        return "\n".join([*lines, "", "the experiments are the same"])
+    lines += ["", f"{len(c['differences'])} settings differ"]
+    return "\n".join([*lines, *(f"{k}: {_short(a)} | {_short(b)}" for k, (a, b) in c["differences"].items())])
+
+
+def _short(value: Any) -> str:
+    """A setting in one cell: the end of a long one, for paths differ there."""
+    text = "-" if value is None else repr(value)
+    return text if len(text) <= SHORT else f"...{text[-SHORT + 3 :]}"

@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from evomerge.errors import UserError, nearest
 from evomerge.history import History
 from evomerge.pareto import Losses, hypervolume
-from evomerge.report.results import interval
+from evomerge.report.results import interval, spread
+from evomerge.tasks import Task
 
 
 def members(history: History) -> tuple[int, ...]:
@@ -30,17 +32,17 @@ def front(history: History) -> dict[str, Any]:
         scores: dict[str, Any] = {}
         for split in ("select", "report"):
             if (found := entry.scores(split)) is not None:
-                scores[split] = {
-                    t.name: dict(
-                        zip(("score", "low", "high"), interval(found[t.name][t.report_metric]), strict=True),
-                        metric=t.report_metric,
-                        n=len(found[t.name][t.report_metric]),
-                    )
-                    for t in history.experiment.tasks
-                }
+                scores[split] = {t.name: _cell(t, found[t.name][t.report_metric]) for t in history.experiment.tasks}
         losses = dict(zip(history.goals, history.losses(entry, "select").tolist(), strict=True))
         rows.append({"id": number, "winner": number == history.winner_id, "losses": losses, "scores": scores})
     return {"objectives": list(history.goals), "members": rows, "hypervolume": progress(history)[-1:]}
+
+
+def _cell(task: Task, column: NDArray[Any]) -> dict[str, Any]:
+    """A score with its interval; none for what is no benchmark, which is exact."""
+    score, low, high = interval(column)
+    limits = {"low": low, "high": high} if task.benchmark else {"low": score, "high": score}
+    return {"score": score, **limits, "metric": task.report_metric, "n": len(column)}
 
 
 def front_text(data: Mapping[str, Any]) -> str:
@@ -49,7 +51,7 @@ def front_text(data: Mapping[str, Any]) -> str:
     for m in data["members"]:
         losses = "  ".join(f"{g} {x:.4f}" for g, x in m["losses"].items())
         shown = m["scores"].get("report") or m["scores"].get("select") or {}
-        cells = "  ".join(f"{t} {s['score']:.3f} [{s['low']:.2f}, {s['high']:.2f}]" for t, s in shown.items())
+        cells = "  ".join(f"{t} {s['score']:.3f}{spread(s['low'], s['high'])}" for t, s in shown.items())
         lines.append(f"{m['id']:>6}{'*' if m['winner'] else ' '} losses: {losses}  |  {cells}")
     lines.append("* the winner: nearest to the ideal point; pick another with --prefer, --knee or --best ... --where")
     return "\n".join(lines)

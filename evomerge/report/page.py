@@ -29,7 +29,7 @@ from evomerge.recipe import Recipe
 from evomerge.report import figures, html
 from evomerge.report.coefficients import by_block, coefficient_maps
 from evomerge.report.front import front, progress
-from evomerge.report.results import MEAN, Comparison, Results, Score, cells, comparable, p_text, results
+from evomerge.report.results import MEAN, Comparison, Results, Score, cells, comparable, p_text, results, spread
 from evomerge.report.status import candidate, candidate_text, sampled_text, status_of
 from evomerge.rundir import EXPERIMENT, TELEMETRY, read_telemetry
 from evomerge.tasks.base import SPLITS, Direction
@@ -277,11 +277,11 @@ def _directions(history: History) -> dict[str, Direction]:
 
 
 def _interval(s: Score) -> str:
-    return f"{_number(s.score)} [{s.low:.2f}, {s.high:.2f}]"
+    return f"{_number(s.score)}{spread(s.low, s.high)}"
 
 
 def _difference(c: Comparison) -> str:
-    return f"{c.difference:+.3f} [{c.low:+.2f}, {c.high:+.2f}] {p_text(c.p)}".replace(" ", "\u00a0")
+    return f"{c.difference:+.3f}{spread(c.low, c.high, '+.2f')} {p_text(c.p)}".replace(" ", "\u00a0")
 
 
 def _number(x: float) -> str:

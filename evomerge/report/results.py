@@ -64,6 +64,11 @@ def interval(values: NDArray[np.floating[Any]]) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
+def spread(low: float, high: float, form: str = ".2f") -> str:
+    """An interval as text behind its value; nothing where the items tell of none: a single one, or all alike."""
+    return f" [{low:{form}}, {high:{form}}]" if math.isfinite(low) and low < high else ""
+
+
 def difference(a: NDArray[np.floating[Any]], b: NDArray[np.floating[Any]]) -> tuple[float, float, float, float]:
     """Mean of a - b over the same items, 95% interval and two-sided p-value."""
     d = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
@@ -199,7 +204,7 @@ def text_table(history: History, split: str = "report") -> str:
     tasks = [*(t.name for t in history.experiment.benchmarks), *([MEAN] if comparable(history) else [])]
     lower = {t.name for t in history.experiment.benchmarks if t.sign(t.report_metric) > 0}
     names = list(dict.fromkeys(s.model for s in r.table))
-    cell = {(s.model, s.task): f"{s.score:.3f} [{s.low:.2f}, {s.high:.2f}]" for s in r.table}
+    cell = {(s.model, s.task): f"{s.score:.3f}{spread(s.low, s.high)}" for s in r.table}
     n = {s.task: s.n for s in r.table}
     lines = [f"{_metric(history)} on the {split} split, 95% intervals"]
     lines += _grid(
@@ -212,7 +217,7 @@ def text_table(history: History, split: str = "report") -> str:
             row = [f"- {model}"]
             for task in tasks:
                 c = next(c for c in r.comparisons if (c.model, c.task) == (model, task))
-                row.append(f"{c.difference:+.3f} [{c.low:+.2f}, {c.high:+.2f}] {p_text(c.p)}")
+                row.append(f"{c.difference:+.3f}{spread(c.low, c.high, '+.2f')} {p_text(c.p)}")
             rows.append(row)
         lines += ["", "winner minus each, paired by item"]
         lines += _grid(["winner", *tasks], rows)

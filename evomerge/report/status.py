@@ -202,7 +202,7 @@ def candidate_text(history: History, data: dict[str, Any]) -> str:
         losses = "  ".join(f"{g} {x:.4f}" for g, x in s["losses"].items() if x is not None)
         prefix = "" if len(history.goals) == 1 else "losses: "
         lines.append(f"# {split:<7} {prefix}{losses}  {means}")
-    recipe = dict(data["recipe"])
+    recipe = history.recipe(data["id"]).grouped().to_json()
     paths = history.source_paths()
     recipe["sources"] = {n: {**s, "path": str(paths[n])} for n, s in recipe.get("sources", {}).items()}
     return "\n".join(lines) + "\n" + dump_yaml(recipe).rstrip()

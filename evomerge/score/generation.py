@@ -13,6 +13,7 @@ Columns, one value per item:
   exact_match  1 where the answer is one of the accepted ones (`tasks/generation.py`)
   tokens       tokens written, a closing end-of-text token apart
   stopped      1 where the model ended by itself, 0 where `max_tokens` cut it off
+  extracted    1 where `extract` found an answer in it, right or wrong
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ from evomerge.errors import UserError
 from evomerge.score.attention import expanded, masks, prefix_cache, takes_branches, windows
 from evomerge.score.model import NonFinite
 from evomerge.score.plan import Plan, Scorable, Target, places
-from evomerge.score.prompts import Prompter, shared_prefix
+from evomerge.score.prompts import Prompter, check_lengths, shared_prefix
 from evomerge.tasks.base import Item
-from evomerge.tasks.generation import Extract, GenerationSpec, Normalise, right
+from evomerge.tasks.generation import Extract, GenerationSpec, Normalise, counted, right
 
 CACHE_TOKENS = 32_768
 """Keys and values that a batch may hold at most: 4 GiB for a model of 8B parameters with grouped queries in bf16."""
@@ -101,12 +102,10 @@ class Generation:
             row = prompter.tokens(prompter.text(item.content))
             if not row:
                 raise UserError(f"{item.where}: the prompt is empty and the tokenizer adds no token in front")
-            if len(row) + spec.max_tokens > target.limit:
-                raise UserError(
-                    f"{item.where}: {len(row)} tokens of prompt and max_tokens {spec.max_tokens} make "
-                    f"{len(row) + spec.max_tokens}; the model takes {target.limit}; lower max_tokens, or drop it"
-                )
             rows.append(row)
+        lengths = [(item, len(row) + spec.max_tokens) for item, row in zip(items, rows, strict=True)]
+        what = f"of prompt and answer (max_tokens {spec.max_tokens}); lower max_tokens, or drop them"
+        check_lengths(spec.name, lengths, target.limit, what)
         shared = shared_prefix(rows)
         return GenerationPlan(
             **places(spec, items, target.shape),
@@ -133,6 +132,7 @@ class Generation:
             "exact_match": np.array(match, dtype=np.float32),
             "tokens": np.array([len(w.tokens) for w in written], dtype=np.float32),
             "stopped": np.array([w.stopped for w in written], dtype=np.float32),
+            "extracted": np.array([counted(w.text, plan.extract) is not None for w in written], dtype=np.float32),
         }
 
     def write(self, candidate: Scorable, plan: GenerationPlan, positions: tuple[int, ...]) -> list[Written]:

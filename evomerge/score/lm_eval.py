@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from evomerge.errors import RunError, UserError
 from evomerge.score.model import NonFinite
 from evomerge.score.plan import Plan, Scorable, Target, places
+from evomerge.score.prompts import check_lengths
 from evomerge.tasks.base import Item
 from evomerge.tasks.lm_eval import LmEvalSpec, open_task, quiet, task_folder
 
@@ -33,6 +34,9 @@ FEWSHOT_SEED = 1234
 
 Request = tuple[str, tuple[Any, ...]]
 """lm-eval's type of request (loglikelihood, loglikelihood_rolling, generate_until) and its arguments."""
+
+
+ROLLING = "loglikelihood_rolling"
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,13 @@ class LmEval:
             except Exception as e:  # templates and code of the task's YAML
                 raise UserError(f"{who}: its prompts cannot be built ({type(e).__name__}: {e})"[:400]) from None
         instances = [built[i.content.docs][i.content.index] for i in items]
+        lengths = [[_length(r, target) for r in group] for group in instances]
+        # lm-eval would cut a prompt to fit without a word; rolling texts go through windows, whatever their length.
+        longest = [
+            max((n for r, n in zip(group, tokens, strict=True) if r.request_type != ROLLING), default=0)
+            for group, tokens in zip(instances, lengths, strict=True)
+        ]
+        check_lengths(spec.name, list(zip(items, longest, strict=True)), target.limit, "with its answer")
         return LmEvalPlan(
             **places(spec, items, target.shape),
             lm_task=spec.task,
@@ -97,9 +108,7 @@ class LmEval:
             repeats=int(task.config.repeats),
             docs=tuple(i.content.fields for i in items),
             requests=tuple(tuple((r.request_type, r.args) for r in group) for group in instances),
-            lengths=tuple(
-                sum(_length(r, target, item.where) for r in group) for group, item in zip(instances, items, strict=True)
-            ),
+            lengths=tuple(map(sum, lengths)),
         )
 
     # -- score --------------------------------------------------------------------------------------------
@@ -204,18 +213,14 @@ def _build(task: Any, docs: str | None, count: int, spec: LmEvalSpec, tokenizer:
     return groups
 
 
-def _length(request: Any, target: Target, where: str) -> int:
-    """Tokens of one request. Raises UserError where lm-eval would cut the prompt to fit the model."""
+def _length(request: Any, target: Target) -> int:
+    """Tokens of one request with its answer."""
     first, *rest = request.args
-    if request.request_type == "loglikelihood_rolling":
-        return len(target.tokenizer(first)["input_ids"])  # in windows, whatever its length
+    if request.request_type == ROLLING:
+        return len(target.tokenizer(first)["input_ids"])
     if request.request_type == "loglikelihood":
-        length = len(target.tokenizer(first + rest[0])["input_ids"])
-    else:
-        length = len(target.tokenizer(first)["input_ids"]) + int(rest[0].get("max_gen_toks", 256))
-    if length > target.limit:
-        raise UserError(f"{where}: {length} tokens with its answer; the model takes {target.limit}")
-    return length
+        return len(target.tokenizer(first + rest[0])["input_ids"])
+    return len(target.tokenizer(first)["input_ids"]) + int(rest[0].get("max_gen_toks", 256))
 
 
 def _hash(folder: Path) -> str:

@@ -31,7 +31,7 @@ from evomerge.errors import UserError
 from evomerge.score.attention import expanded, masks, prefix_cache, takes_branches
 from evomerge.score.model import NonFinite, prefix_token
 from evomerge.score.plan import Plan, Scorable, Target, places
-from evomerge.score.prompts import Prompter, shared_prefix
+from evomerge.score.prompts import Prompter, check_lengths, shared_prefix
 from evomerge.tasks.base import Item
 from evomerge.tasks.multiple_choice import MultipleChoiceSpec
 
@@ -117,14 +117,15 @@ class MultipleChoice:
             context, choices = _encode(prompter, item, closing)
             if not context:
                 raise UserError(f"{item.where}: the prompt is empty and the tokenizer has no token to begin with")
-            longest = len(context) + max(len(c) for c in choices)
-            if longest > target.limit:
-                raise UserError(
-                    f"{item.where}: {longest} tokens with its longest choice; the model takes {target.limit}; "
-                    "shorten or drop it"
-                )
             contexts.append(context)
             answers.append(choices)
+        lengths = [len(c) + max(map(len, a)) for c, a in zip(contexts, answers, strict=True)]
+        check_lengths(
+            spec.name,
+            list(zip(items, lengths, strict=True)),
+            target.limit,
+            "with its longest choice; shorten or drop them",
+        )
         shared = shared_prefix(contexts)
         trees = tuple(_tree(c[shared:], a, shared, item) for c, a, item in zip(contexts, answers, items, strict=True))
         prefix = np.array(contexts[0][:shared], dtype=np.int32)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from evomerge.errors import UserError
+from evomerge.tasks.base import Item
 from evomerge.tasks.prompts import Prompted
 
 MIN_PREFIX = 16
@@ -75,6 +76,19 @@ class Prompter:
         if self.spec.chat_template:
             return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         return list(self.tokenizer(text)["input_ids"])
+
+
+def check_lengths(task: str, lengths: Sequence[tuple[Item, int]], limit: int, what: str) -> None:
+    """Raises UserError where items have more tokens than the model takes: of which task, how many, the first.
+
+    `what` says what the tokens are of, and what to do.
+    """
+    long = [(item.where, n) for item, n in lengths if n > limit]
+    if long:
+        raise UserError(
+            f"task {task!r}: {len(long)} of {len(lengths)} items have more than the {limit} tokens that the model "
+            f"takes; the first, {long[0][0]}, has {long[0][1]} {what}"
+        )
 
 
 def shared_prefix(rows: Sequence[list[int]]) -> int:

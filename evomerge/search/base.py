@@ -28,7 +28,7 @@ class Needs:
     constraints: bool = False
     """Whether it looks at `Result.violation` itself."""
     proposes: Literal["genomes", "recipes"] = "genomes"
-    """Recipes come from algorithms that mix sources themselves; they use no axes."""
+    """Recipes come from algorithms that mix sources themselves; they use no axes, and no probes are scored for them."""
     steady: bool = False
     """Whether it may be asked while tells are outstanding (steady state with a fixed lag)."""
     geometry: bool = False

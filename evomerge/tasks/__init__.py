@@ -40,7 +40,7 @@ KINDS: Mapping[str, Kind] = {
 
 def kind_of(data: Any) -> str:
     """The kind that plain data or a spec says it is; `multiple_choice` where it says nothing."""
-    kind = data.get("kind", "multiple_choice") if isinstance(data, dict) else getattr(data, "kind", None)
+    kind = data.get("kind", "multiple_choice") if isinstance(data, dict) else getattr(data, "kind", "multiple_choice")
     return str(kind)
 
 

@@ -192,6 +192,10 @@ class TaskSpec(BaseModel):
         """What this kind makes of a row. Raises UserError at the row's place."""
         raise NotImplementedError
 
+    def remarks(self, items: tuple[Item, ...]) -> list[str]:
+        """What the items tell of the task's keys that is allowed and still looks wrong; no model is needed."""
+        return []
+
     def load(self, folder: Path) -> tuple[Item, ...]:
         """All items in file order, search before select before report. Raises UserError naming file and line."""
         return load_items(self, folder)

@@ -21,7 +21,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from evomerge.errors import RunError
-from evomerge.tasks.base import Direction, Parsed, normalised, render
+from evomerge.tasks.base import Direction, Item, Parsed, normalised, render
 from evomerge.tasks.prompts import Prompted, Shot
 from evomerge.tasks.rows import Row
 
@@ -31,6 +31,8 @@ MAX_REPEATS = 10_000
 """Product of a pattern's `{n}` repeats, which the regex package lays out in memory."""
 MAX_TEXT = 100_000
 """Characters of an answer that are looked at: its last ones."""
+LOOKED_AT = 100
+"""Items whose targets are compared with the pattern beforehand."""
 PATTERN_SECONDS = 1.0
 """For one answer. Patterns without nested repeats take microseconds."""
 
@@ -109,8 +111,13 @@ Normalise = Literal["strip", "spaces", "case", "punctuation", "unicode"]
 class GenerationSpec(Prompted):
     """Scored by what the model writes behind the prompt, token by token the likeliest (`score/generation.py`)."""
 
-    metrics: ClassVar[Mapping[str, Direction]] = {"exact_match": "higher", "tokens": "lower", "stopped": "higher"}
-    shares: ClassVar[frozenset[str]] = frozenset({"exact_match", "stopped"})
+    metrics: ClassVar[Mapping[str, Direction]] = {
+        "exact_match": "higher",
+        "tokens": "lower",
+        "stopped": "higher",
+        "extracted": "higher",
+    }
+    shares: ClassVar[frozenset[str]] = frozenset({"exact_match", "stopped", "extracted"})
 
     kind: Literal["generation"]
     metric: str = Field("exact_match", description="what the search optimises")
@@ -148,14 +155,32 @@ class GenerationSpec(Prompted):
         """The first accepted answer."""
         return content.targets[0]
 
+    def remarks(self, items: tuple[Item, ...]) -> list[str]:
+        """Where the pattern matches nothing that the items show: the examples' answers, or else the targets."""
+        if self.extract is None or self.extract.regex is None:
+            return []
+        shown = [s.answer for s in items[0].content.shots]
+        texts = shown or [t for i in items[:LOOKED_AT] for t in i.content.targets]
+        if any(self.extract.answer(t) is not None for t in texts):
+            return []
+        what = f"the pattern {self.extract.regex!r} matches no {'few-shot answer' if shown else 'target'}, such as"
+        if shown:
+            return [f"{what} {texts[0][:60]!r}: a model that answers like them scores 0; see few_shot.answer"]
+        return [f"{what} {texts[0][:60]!r}: only answers that it matches can be right, so the prompt must ask for them"]
+
 
 # -- judging --------------------------------------------------------------------------------------------------
 
 
+def counted(text: str, extract: Extract | None) -> str | None:
+    """The part of a written text that is the answer, None where there is none. Raises SlowPattern."""
+    text = text[-MAX_TEXT:]
+    return text if extract is None else extract.answer(text)
+
+
 def right(text: str, targets: Sequence[str], extract: Extract | None, normalise: Sequence[Normalise]) -> bool:
     """Whether a written text, already cut at its stop string, answers the item. Raises SlowPattern."""
-    text = text[-MAX_TEXT:]
-    answer = text if extract is None else extract.answer(text)
+    answer = counted(text, extract)
     if answer is None:
         return False
     if extract is not None and extract.number:

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from evomerge.tasks.base import Direction, Parsed, TaskSpec, normalised, render
+from evomerge.tasks.base import PLACE, Direction, Parsed, TaskSpec, normalised, render
 from evomerge.tasks.rows import Row
 
 
@@ -32,6 +32,13 @@ class PerplexitySpec(TaskSpec):
     context: int = Field(
         1, ge=1, description="tokens in front of what is scored, in all windows but a text's first; more is dearer"
     )
+
+    @field_validator("text")
+    @classmethod
+    def _a_template(cls, text: str) -> str:
+        if not PLACE.search(text):
+            raise ValueError(f"expected a template with a field in braces, such as {{text}}, got {text[:80]!r}")
+        return text
 
     @model_validator(mode="after")
     def _room(self) -> PerplexitySpec:

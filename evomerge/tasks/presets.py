@@ -57,5 +57,8 @@ def expanded(task: Any) -> Any:
         return task
     known, name = presets(), task["preset"]
     if not isinstance(name, str) or name not in known:
+        family = [k for k in known if k.startswith(f"{name}-")]
+        if family:
+            raise UserError(f"preset {name!r} needs a language; choose one of {', '.join(family)}")
         raise UserError(f"unknown preset {name!r}{nearest(str(name), known)}")
     return {"name": name, **known[name], **{k: v for k, v in task.items() if k != "preset"}}

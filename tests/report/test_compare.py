@@ -71,3 +71,17 @@ def test_on_the_command_line(finished_run: Path, other_run: Path, capsys: pytest
     assert "search.seed: 3 | 9" in text
     assert data["split"] == "select"
     assert main(["compare", str(finished_run), str(finished_run.parent)]) == 2
+
+
+def test_scores_come_first_and_long_settings_are_cut() -> None:
+    """The table, then the work, then what differs, each value in one short cell."""
+    cell = {"model": "base", "task": "t", "scores": [0.5, None], "low": [0.25, None], "high": [0.75, None]}
+    long = "x" * 500
+    differences = {"data": [long, 3], "seed": [1, None]}
+    text = compare_text({"runs": ["a", "b"], "scores": [cell], "work": {"looks": [1, 1]}, "differences": differences})
+    lines = text.splitlines()
+
+    assert lines.index("2 settings differ") > next(n for n, line in enumerate(lines) if line.startswith("looks"))
+    assert next(n for n, line in enumerate(lines) if "0.500 [0.25, 0.75]" in line) < lines.index("2 settings differ")
+    assert max(map(len, lines)) < 100
+    assert lines[-1] == "seed: 1 | -"

@@ -21,6 +21,7 @@ from evomerge.report.results import (
     interval,
     mean_over_tasks,
     results,
+    spread,
     text_table,
     warnings_on,
 )
@@ -264,3 +265,15 @@ def test_a_task_that_nobody_solves_is_told(finished_run: Path) -> None:
 
     [warning, *_] = warnings_on(history, Results(table, [], None, {}, 0, 1))
     assert warning.startswith("every model scores 0 on 'sums'")
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [([1.0, 3.0, 2.0], " [-0.48, 4.48]"), ([2.0], ""), ([2.0, 2.0, 2.0], ""), ([0.0, 0.0], " [0.00, 0.66]")],
+)
+def test_intervals_that_say_nothing_are_left_out(values: list[float], text: str) -> None:
+    """A single item, or items all alike, tell of no interval; shares of right answers always have Wilson's."""
+    _, low, high = interval(np.array(values))
+
+    assert spread(low, high) == text
+    assert spread(*mean_over_tasks([np.zeros(3), np.zeros(4)])[1:3]) == ""

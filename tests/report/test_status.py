@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
+from evomerge.cli import main
 from evomerge.history import History
 from evomerge.recipe import Recipe
 from evomerge.report.status import candidate, candidate_text, status, status_text
@@ -109,3 +111,24 @@ def test_shown_text_is_a_recipe_for_merge(finished_run: Path, tmp_path: Path) ->
     assert text.startswith("# candidate 9 (search), stage 0, generation 1\n")
     assert recipe.canonical(history.manifest).id == history.entry(9).recipe_id
     assert {n: s.path for n, s in recipe.sources.items()} == {n: str(p) for n, p in history.source_paths().items()}
+
+
+def test_follow_waits_for_the_run(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the folder is there it says once that it waits; then it prints the run's progress."""
+    folder, naps = tmp_path / "later", []
+
+    def nap(seconds: float) -> None:
+        naps.append(seconds)
+        if len(naps) == 3:
+            shutil.copytree(finished_run, folder)
+
+    monkeypatch.setattr("evomerge.cli.time.sleep", nap)
+
+    assert main(["status", str(folder), "--follow"]) == 0
+    out, err = capsys.readouterr()
+    assert err.count(f"waiting for a run in {folder}") == 1
+    assert len(naps) == 3
+    assert "small: finished" in out
+    assert main(["status", str(tmp_path / "none")]) == 2

@@ -305,6 +305,7 @@ def test_columns_are_what_they_say(quickstart: Path) -> None:
     assert columns["exact_match"].mean() > 0.8, "the expert for sums"
     assert columns["tokens"].tolist() == [len(w.tokens) for w in written]
     assert columns["stopped"].tolist() == [w.stopped for w in written]
+    assert columns["extracted"].all(), "without a pattern the whole text counts"
 
 
 def test_the_id_is_all_that_scores_depend_on(tiny_model: Any) -> None:
@@ -366,7 +367,7 @@ def test_items_without_room_are_named(tiny_model: Any) -> None:
 
     assert compiled(folder, PROMPTS, max_tokens=256 - 65)
     with pytest.raises(
-        UserError, match=r"items\.jsonl:9: \d+ tokens of prompt and max_tokens 16 make \d+; .* takes 256"
+        UserError, match=r"1 of 10 items .* 256 tokens .*; the first, items\.jsonl:9, has \d+ of prompt .* 16\)"
     ):
         compiled(folder, [*PROMPTS, "a b c " * 200])
 

@@ -298,7 +298,7 @@ def test_items_beyond_the_context_are_named(tiny_model: Any) -> None:
     folder = tiny_model("llama")
     long = item("a b c " * 200, [" d", " e"], name="17")
 
-    with pytest.raises(UserError, match=r"items\.jsonl:17: \d{3,} tokens with its longest choice; the model takes 256"):
+    with pytest.raises(UserError, match=r"1 of 8 items .* 256 tokens .*; the first, items\.jsonl:17, has \d{3,} with"):
         compiled(folder, (*ITEMS, long))
 
 

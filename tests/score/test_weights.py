@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from huggingface_hub import ModelCard
 
 from evomerge.cli import main
 from evomerge.config import load
 from evomerge.errors import UserError
 from evomerge.fitness import FitnessSpec
 from evomerge.objective import Objective
+from evomerge.report.front import front
 from evomerge.report.results import results, text_table
 from evomerge.run import run
 from evomerge.schema import validated
@@ -106,3 +108,16 @@ def test_wrong_tasks_are_refused(tasks: list[Any], words: str) -> None:
         validated(FitnessSpec, {"tasks": tasks}, "fitness")
 
     assert words in str(caught.value)
+
+
+def test_the_front_and_the_card_give_it_no_interval(
+    both: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One number for all weights has no interval, and is no evaluation that the hub should list."""
+    cells = [m["scores"]["report"]["w"] for m in front(both)["members"]]
+    assert all(c["low"] == c["high"] == c["score"] for c in cells)
+    assert main(["front", str(both.path)]) == 0
+    assert "inf" not in capsys.readouterr().out
+    assert main(["export", str(both.path), "--to", str(tmp_path / "out")]) == 0
+    listed = ModelCard.load(tmp_path / "out" / "README.md").data.eval_results
+    assert {r.dataset_name for r in listed or ()} <= {"sums"}

@@ -203,3 +203,17 @@ def test_an_installed_task_is_found_by_name() -> None:
     assert task_folder("arc_easy", None) == "arc"
     with pytest.raises(UserError, match="'mmlu' is a group; give each of its tasks an entry: mmlu_"):
         task_folder("mmlu", None)
+
+
+def test_a_mistyped_name_is_refused_without_lm_evals_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unparsed files tell that no task has a name, and which file a task is in; its index is not built for that."""
+    from evomerge.tasks import lm_eval
+
+    def refuse() -> None:
+        raise AssertionError("the index was built")
+
+    monkeypatch.setattr(lm_eval, "_installed", refuse)
+
+    with pytest.raises(UserError, match="lm-eval has no task 'arc_eesy'; did you mean 'arc_easy'"):
+        lm_eval.task_folder("arc_eesy", None)
+    assert lm_eval.task_folder("arc_challenge", None) == "arc"
