@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from evomerge.manifest import Manifest
 from evomerge.proposal import Genome, Proposal, Result
+from evomerge.search.archive import Dimension
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Needs:
     """Whether it may be asked while tells are outstanding (steady state with a fixed lag)."""
     geometry: bool = False
     """Whether it asks for the sources' inner products (`Start.geometry`)."""
+    measures: bool = False
+    """Whether it looks at `Result.measures`, and so cannot do without them."""
 
 
 class Optimizer(Protocol):
@@ -106,6 +109,8 @@ class Start:
     """For algorithms that need it."""
     lag: int | None = None
     """How many proposals may be out at once; None where all are told before more are asked."""
+    measures: tuple[Dimension, ...] = ()
+    """What stands in `Result.measures`, with bounds and cells."""
 
 
 Ids = Iterator[int]
