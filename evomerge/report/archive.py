@@ -78,7 +78,7 @@ def reference(history: History) -> float | None:
     return max(losses, default=None)
 
 
-def growth(history: History, points: int = 200) -> list[tuple[int, int, float]]:
+def growth(history: History, points: int = 100) -> list[tuple[int, int, float]]:
     """(candidates scored, cells filled, QD score), at most `points` of them; empty before the baselines are scored.
 
     The QD score (Pugh, Soros and Stanley 2016) sums over the filled cells by how much their elites' losses lie below

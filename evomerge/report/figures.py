@@ -276,6 +276,8 @@ def archive(
     `titles` are those of the measures and of the loss; `chosen` is where the winner lies. Dark is better.
     """
     lines = max((len(t.hover) for row in tiles for t in row if t is not None), default=0)
+    losses = [t.loss for row in tiles for t in row if t is not None]
+    best, worst = min(losses, default=0.0), max(losses, default=1.0)
     template = "<b>candidate %{customdata[0]}</b>" + "".join(f"<br>%{{customdata[{i + 1}]}}" for i in range(lines))
     data: list[Figure] = [
         {
@@ -288,6 +290,8 @@ def archive(
             ],
             "colorscale": SEQUENTIAL,
             "reversescale": True,
+            "zmin": best,
+            "zmax": worst + 0.25 * ((worst - best) or 1.0),  # the worst is still told from an empty cell
             "xgap": 1 if len(edges[0]) <= 60 else 0,
             "ygap": 1 if len(edges[1]) <= 60 else 0,
             "hoverongaps": False,
@@ -328,7 +332,7 @@ def archive(
 def filling(curve: Sequence[tuple[int, int, float]], total: int) -> Figure:
     """The QD score by how many candidates were scored, and below it the share of the `total` cells that are filled."""
     x = [n for n, _, _ in curve]
-    common = {"type": "scatter", "mode": "lines", "x": x}
+    common = {"type": "scatter", "mode": "lines+markers", "x": x, "marker": {"size": 4}}
     template = "after %{x} candidates: %{y:.4g}<extra></extra>"
     line = {"width": 2, "shape": "hv"}
     return {

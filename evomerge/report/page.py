@@ -369,9 +369,9 @@ def _archive(history: History) -> list[str]:
     if len(data["measures"]) == 2:
         parts += [
             html.note(
-                "The best candidate of every cell by its loss on the search split, dark is better. Its scores were "
-                "looked at to choose it, so they flatter it. A click shows the candidate below, with the command that "
-                "exports it."
+                "The best candidate of every cell by its loss on the search split; dark is better. The same scores "
+                "chose it, so they flatter it. A click on a cell shows its candidate below Progress, with the command "
+                "that exports it."
             ),
             html.figure(_archive_map(history), details="candidates"),
         ]
@@ -403,7 +403,18 @@ def _archive_map(history: History) -> figures.Figure:
         if e.id == history.winner_id:
             inside = [min(max(m, d.low), d.high) for m, d in zip(e.measures, (first, second), strict=True)]
             at = (inside[0], inside[1])
-    return figures.archive((x.tolist(), y.tolist()), tiles, (first.name, second.name, "loss"), at)
+    titles = (_measured(history, 0), _measured(history, 1), "loss")
+    return figures.archive((x.tolist(), y.tolist()), tiles, titles, at)
+
+
+def _measured(history: History, n: int) -> str:
+    """A measure's name with what it is of."""
+    fitness = fitness_of(history.experiment)
+    measure = fitness.measures[n]
+    if measure.kind != "weighted_mean":
+        return f"{measure.name} ({measure.kind.replace('_', ' ')})"
+    metrics = dict.fromkeys(measure.metric or t.metric for t, _ in fitness.weights_of(measure))
+    return f"{measure.name} ({', '.join(metrics)})"
 
 
 def _elite_hover(history: History, e: Elite) -> list[str]:
