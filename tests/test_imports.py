@@ -33,7 +33,7 @@ LEVELS = tuple(
     workers.inline workers.fake workers.units
     search.optuna_study search.recipes
     search.cmaes search.random_search search.ga search.greedy_soup search.frank_wolfe search.nsga2 search.tpe search.gp
-    search.niches search.map_elites
+    search.niches search.map_elites search.cycleqd
     search.nsga3 search.auto
     workers.local workers.ray workers.child score.multiple_choice score.perplexity score.weights evaluate
     score.generation score.function score.lm_eval

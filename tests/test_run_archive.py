@@ -13,6 +13,7 @@ import pytest
 from evomerge.check import check
 from evomerge.cli import main
 from evomerge.errors import UserError
+from evomerge.export.verify import verify
 from evomerge.history import History
 from evomerge.report.archive import archive
 from evomerge.run import run
@@ -81,6 +82,24 @@ def test_with_a_lag(experiment_with: With, tmp_path: Path) -> None:
     assert archive(History.read(tmp_path / "out"))["cells"] == 12
 
 
+def test_cycleqd_mixes_experts(experiment_with: With, tmp_path: Path) -> None:
+    """Experts cost nothing, a child is exported and verifies to the bit, and a cut run ends in the same bytes."""
+    search = {"algorithm": "cycleqd", "seed": 5, "population": 4, "budget": {"evaluations": 10}, "probes": False}
+    cycle = {"fitness.measures": MEASURES, "search": search}
+    out = tmp_path / "out"
+    history = run(experiment_with(**cycle), out)
+    journal = (out / "journal.jsonl").read_bytes()
+    children = [e for e in history.entries.values() if e.parents]
+
+    assert (history.cached, len(children)) == (2, 8)
+    assert main(["export", str(out), str(children[-1].id), "--to", str(tmp_path / "model")]) == 0
+    v = verify(tmp_path / "model")
+    assert (v.ok, v.problems, max(v.scores.values())) == (True, (), 0.0)
+    (out / "journal.jsonl").write_bytes(journal[: len(journal) * 2 // 3])
+    run(experiment_with(**cycle), out)
+    assert (out / "journal.jsonl").read_bytes() == journal
+
+
 @pytest.mark.slow
 def test_two_workers(whole: Path, experiment_with: With, tmp_path: Path) -> None:
     """Two processes write the bytes of one."""
@@ -130,6 +149,9 @@ def test_without_measures_it_is_refused(experiment_with: With, tmp_path: Path) -
     for do in (check, lambda e: run(e, tmp_path / "out")):
         with pytest.raises(UserError, match=r"map-elites needs measures.*name: sums, tasks: \[sums\], metric: cross"):
             do(experiment_with(search=search))
+    one = {"fitness.measures": MEASURES[:1], "search": {"algorithm": "cycleqd", "budget": {"evaluations": 8}}}
+    with pytest.raises(UserError, match="cycleqd needs 2 measures or more to lay its archive out by"):
+        check(experiment_with(**one))
     assert not (tmp_path / "out").exists()
 
 

@@ -34,8 +34,8 @@ class Needs:
     """Whether it may be asked while tells are outstanding (steady state with a fixed lag)."""
     geometry: bool = False
     """Whether it asks for the sources' inner products (`Start.geometry`)."""
-    measures: bool = False
-    """Whether it looks at `Result.measures`, and so cannot do without them."""
+    measures: int = 0
+    """How many behaviour measures it needs at least (`Result.measures`); algorithms that need none ignore them."""
 
 
 class Optimizer(Protocol):

@@ -66,7 +66,7 @@ class Options:
 class MapElites:
     """Asked in groups, or in steady state."""
 
-    needs = Needs(scope="archive", steady=True, measures=True)
+    needs = Needs(scope="archive", steady=True, measures=1)
 
     def __init__(
         self,
