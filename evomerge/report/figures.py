@@ -270,10 +270,12 @@ def archive(
     tiles: Sequence[Sequence[Tile | None]],
     titles: tuple[str, str, str],
     chosen: tuple[float, float] | None = None,
+    dots: Sequence[tuple[float, float]] = (),
 ) -> Figure:
     """Losses by two measures: `tiles[row][column]` lies between the edges of the second and the first measure.
 
-    `titles` are those of the measures and of the loss; `chosen` is where the winner lies. Dark is better.
+    `titles` are those of the measures and of the loss; `chosen` is where the winner lies, `dots` are where elites do.
+    Dark is better.
     """
     lines = max((len(t.hover) for row in tiles for t in row if t is not None), default=0)
     losses = [t.loss for row in tiles for t in row if t is not None]
@@ -304,6 +306,18 @@ def archive(
             },
         }
     ]
+    if dots:
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "name": "elites",
+                "x": [x for x, _ in dots],
+                "y": [y for _, y in dots],
+                "marker": {"color": "white", "size": 6, "line": {"color": "#08306B", "width": 1}},
+                "hoverinfo": "skip",
+            }
+        )
     if chosen is not None:
         colour, symbol, size, _ = KINDS["winner"]
         data.append(
@@ -323,7 +337,7 @@ def archive(
             "height": 480,
             "xaxis": {"title": {"text": titles[0]}, "range": [edges[0][0], edges[0][-1]], "zeroline": False},
             "yaxis": {"title": {"text": titles[1]}, "range": [edges[1][0], edges[1][-1]], "zeroline": False},
-            "showlegend": chosen is not None,
+            "showlegend": len(data) > 1,
             "margin": {"t": 40},
         },
     }

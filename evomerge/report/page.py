@@ -51,7 +51,7 @@ MAX_PAIRS = 10
 """Pictures of two objectives each: those of five."""
 MAX_ELITES = 200
 """Rows of the archive's table."""
-RASTER = 120
+RASTER = 100
 """Points along each side of the picture of a Voronoi archive."""
 HOVERED_TASKS = 6
 
@@ -398,13 +398,13 @@ def _archive_map(history: History) -> figures.Figure:
     tile = {c: figures.Tile(e.id, e.loss, _elite_hover(history, e)) for c, e in found.items()}
     middles = [(x[:-1] + x[1:]) / 2, (y[:-1] + y[1:]) / 2]
     tiles = [[tile.get(cells.of(np.array([a, b]))) for a in middles[0]] for b in middles[1]]
-    at = None
-    for e in found.values():
-        if e.id == history.winner_id:
-            inside = [min(max(m, d.low), d.high) for m, d in zip(e.measures, (first, second), strict=True)]
-            at = (inside[0], inside[1])
+    at = {
+        e.id: (min(max(e.measures[0], first.low), first.high), min(max(e.measures[1], second.low), second.high))
+        for e in found.values()
+    }
     titles = (_measured(history, 0), _measured(history, 1), "loss")
-    return figures.archive((x.tolist(), y.tolist()), tiles, titles, at)
+    chosen = None if history.winner_id is None else at.get(history.winner_id)
+    return figures.archive((x.tolist(), y.tolist()), tiles, titles, chosen, [] if grid else list(at.values()))
 
 
 def _measured(history: History, n: int) -> str:
