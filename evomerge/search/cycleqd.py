@@ -43,8 +43,9 @@ class Options:
     """Candidates per generation; the first one has the experts only."""
     crossover_sigma: float = 0.01
     """Standard deviation of a parent's weight around 1; weights are then divided by their sum."""
-    sigma: float = 0.1
-    """Standard deviation of the mutation of each coefficient."""
+    sigma: float = 0.2
+    """Standard deviation of the mutation of each coefficient. Without it children stay between the experts: on three
+    made-up skills 0, 0.1 and 0.2 filled 19, 47 and 58 cells of 216 with 300 candidates."""
 
     def __post_init__(self) -> None:
         if self.population < 1:
