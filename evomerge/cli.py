@@ -141,6 +141,9 @@ def _parser() -> argparse.ArgumentParser:
     pick.add_argument("--best", metavar="TASK", help="pick the best on one task, among those that meet --where")
     p.add_argument("--where", action="append", default=[], metavar="TASK>=X", help="with --best; may be repeated")
 
+    p = with_json(command("archive", _archive, "the best candidate of every cell of a fitness's measures"))
+    p.add_argument("dir", type=Path)
+
     p = with_json(command("show", _show, "one candidate with its recipe and scores"))
     p.add_argument("dir", type=Path)
     p.add_argument("id", nargs="?", help="number of the candidate, or winner (default)")
@@ -391,6 +394,15 @@ def _front(args: argparse.Namespace) -> int:
         number = knee(history) if args.knee else best_where(history, args.best, args.where)
     picked = candidate(history, number)
     _print(args, picked, lambda: candidate_text(history, picked))
+    return 0
+
+
+def _archive(args: argparse.Namespace) -> int:
+    from evomerge.history import History
+    from evomerge.report.archive import archive, archive_text
+
+    data = archive(History.read(args.dir))
+    _print(args, data, lambda: archive_text(data))
     return 0
 
 

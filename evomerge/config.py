@@ -252,7 +252,7 @@ def _plain_algorithm(name: str, options: Any) -> list[Any]:
 
 
 LATER_KEYS = frozenset(
-    {"expert", "objectives", "constraints", "few_shot", "chat_template", "system"}
+    {"expert", "objectives", "constraints", "measures", "few_shot", "chat_template", "system"}
     | {"preset", "columns", "values", "edits", "gold_label", "gold_text", "labels"}
 )
 """Keys of fitness and spaces that came after journals of format 1; at their defaults they are no part of the identity,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from evomerge.errors import nearest
 from evomerge.library import find
 from evomerge.schema import validated
+from evomerge.search.archive import Dimension
 from evomerge.tasks import Task
 from evomerge.tasks.presets import expanded
 from evomerge.yamlio import load_yaml
@@ -67,6 +69,21 @@ class Constraint(Goal):
         return self
 
 
+class Measure(Goal):
+    """One dimension of what candidates are like, for archives: what an objective could be, in its metrics' own sense,
+    within bounds that are cut into cells. What lies beyond them belongs to the outer cells."""
+
+    low: float
+    high: float
+    cells: int = Field(10, ge=1, le=1000, description="of equal width, for an archive that is a grid")
+
+    @model_validator(mode="after")
+    def _bounded(self) -> Measure:
+        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
+            raise ValueError(f"`low < high` must hold, but got (low={self.low:g}, high={self.high:g})")
+        return self
+
+
 class FitnessSpec(_Part):
     """What is good: tasks, and how their scores become one loss, or several for a search along a Pareto front."""
 
@@ -78,6 +95,11 @@ class FitnessSpec(_Part):
     objectives: tuple[Goal, ...] = Field((), description="in place of `objective`: one or several, each minimised")
     constraints: tuple[Constraint, ...] = Field(
         (), description="limits, for example {name: kept, kind: forgetting, at_most: 0.02}"
+    )
+    measures: tuple[Measure, ...] = Field(
+        (),
+        description="what an archive is laid out by, for example {name: length, tasks: [sums], metric: tokens, "
+        "low: 0, high: 32, cells: 8}",
     )
     floor: Floor | None = Field(None, description="price on tasks that fall below the base; not on forgetting itself")
 
@@ -95,7 +117,12 @@ class FitnessSpec(_Part):
             raise ValueError(f"tasks: the names must differ, got {names}")
         if self.objectives and "objective" in self.model_fields_set:
             raise ValueError("objective and objectives exclude one another; keep one")
-        for key, goals in (("objectives", self.objectives), ("constraints", self.constraints)):
+        named: tuple[tuple[str, tuple[Goal, ...]], ...] = (
+            ("objectives", self.objectives),
+            ("constraints", self.constraints),
+            ("measures", self.measures),
+        )
+        for key, goals in named:
             titles = [g.name for g in goals]
             if len(set(titles)) < len(titles):
                 raise ValueError(f"{key}: the names must differ, got {titles}")
@@ -123,6 +150,9 @@ class FitnessSpec(_Part):
                     f"{where}: at_least is for metrics where higher is better, at_most for those where lower is"
                 )
 
+        if isinstance(goal, Measure) and goal.kind == "weighted_mean" and len(ways) > 1:
+            raise ValueError(f"{where}: a measure is of metrics that go one way, higher or lower")
+
     @property
     def benchmarks(self) -> tuple[Task, ...]:
         """The tasks that say how well a model does; tables show these."""
@@ -132,6 +162,22 @@ class FitnessSpec(_Part):
     def goals(self) -> tuple[Goal, ...]:
         """The objectives; one over all tasks where none are named."""
         return self.objectives or (Goal(name="loss", kind=self.objective),)
+
+    @property
+    def terms(self) -> tuple[Goal, ...]:
+        """Everything that is computed from scores: objectives, constraints and measures."""
+        return (*self.goals, *self.constraints, *self.measures)
+
+    @property
+    def dimensions(self) -> tuple[Dimension, ...]:
+        """The measures as dimensions of an archive."""
+        return tuple(Dimension(m.name, m.low, m.high, m.cells, self.rises(m)) for m in self.measures)
+
+    def rises(self, goal: Goal) -> bool:
+        """Whether more of what a goal is about is better."""
+        if goal.kind != "weighted_mean":
+            return goal.kind == "recovered_gain"
+        return all(t.directions[goal.metric or t.metric] == "higher" for t, _ in self.weights_of(goal))
 
     def weights_of(self, goal: Goal) -> list[tuple[Task, float]]:
         """The tasks of an objective with their shares, which sum to 1."""
@@ -159,8 +205,7 @@ class FitnessSpec(_Part):
 
     def metrics_of(self, task: Task) -> tuple[str, ...]:
         """The columns of a task that objectives and tables read."""
-        goals = (*self.goals, *self.constraints)
-        used = [g.metric for g in goals if g.metric and any(t.name == task.name for t, _ in self.weights_of(g))]
+        used = [g.metric for g in self.terms if g.metric and any(t.name == task.name for t, _ in self.weights_of(g))]
         return tuple(dict.fromkeys([task.metric, task.report_metric, *used]))
 
 

@@ -37,7 +37,7 @@ class Objective:
     def bind(cls, spec: FitnessSpec, base: Scores, baselines: Mapping[str, Scores]) -> Objective:
         """Take the references from the base's and the other baselines' scores (name -> scores)."""
         low, high = {}, {}
-        for goal in (*spec.goals, *spec.constraints):
+        for goal in spec.terms:
             for task, _ in spec.weights_of(goal):
                 metric = goal.metric or task.metric
                 at = (task.name, metric)
@@ -62,6 +62,11 @@ class Objective:
             limit = c.at_most if c.at_most is not None else -(c.at_least or 0.0)
             total += max(value - limit, 0.0)
         return total
+
+    def measures(self, scores: Scores) -> NDArray[np.float64]:
+        """The behaviour measures, shape (n_measures,), in the order of `spec.measures` and their metrics' own sense."""
+        signs = [-1.0 if self.spec.rises(m) else 1.0 for m in self.spec.measures]
+        return np.array([s * self._value(m, scores) for s, m in zip(signs, self.spec.measures, strict=True)])
 
     @property
     def failed(self) -> NDArray[np.float64]:

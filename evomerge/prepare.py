@@ -313,6 +313,13 @@ def check_algorithms(experiment: Experiment) -> None:
                 f"search: {name} is for several objectives, the fitness has one; "
                 f"use {' or '.join(able)}, or name several under fitness.objectives"
             )
+        if needs.measures > len(fitness_of(experiment).measures):
+            task = experiment.benchmarks[0]
+            count = "measures" if needs.measures == 1 else f"{needs.measures} measures or more"
+            raise UserError(
+                f"search: {name} needs {count} to lay its archive out by; name some under fitness.measures, such as "
+                f"{{name: {task.name}, tasks: [{task.name}], metric: {task.metric}, low: 0, high: 1, cells: 10}}"
+            )
         if needs.per_item_scores:
             for goal in fitness_of(experiment).goals:
                 for task, _ in fitness_of(experiment).weights_of(goal):

@@ -112,6 +112,8 @@ class Result:
     scores: Scores = field(default_factory=dict)
     violation: float = 0.0
     """By how much the fitness's constraints are missed; 0 where all are kept."""
+    measures: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    """The fitness's behaviour measures, shape (n_measures,); NaN where the job failed."""
 
     @property
     def loss(self) -> float:

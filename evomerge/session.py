@@ -125,12 +125,14 @@ class Session:
         """
         objective = self.objective_on(items)
         losses, violation = objective.failed, 0.0
+        measures = np.full(len(objective.spec.measures), np.nan)
         if e.scores is not None:
             losses, violation = objective.losses(e.scores), objective.violation(e.scores)
+            measures = objective.measures(e.scores)
         whole = items.id == self.whole.id
         self.candidates[c.id] = replace(c, losses=losses, violation=violation, whole=whole)
         self.progress.kept(c.id, c.role, losses, e, whole=whole)
-        return Result(losses, e.status, e.scores or {}, violation)
+        return Result(losses, e.status, e.scores or {}, violation, measures)
 
     def objective_on(self, items: ItemSet) -> Objective:
         """The objective with its references on items of the search split, which all baselines were scored on."""

@@ -22,7 +22,7 @@ LEVELS = tuple(
     tuple(line.split())
     for line in """
     errors canonical architectures merge.methods merge.masks merge export report report.figures
-    yamlio schema library files manifest stock tasks.rows tasks.test_sets journal pareto report.html
+    yamlio schema library files manifest stock tasks.rows tasks.test_sets journal pareto search.archive report.html
     hub
     recipe pool licences tasks.base tasks.presets mergekit_evolve
     proposal merge.bank merge.live merge.geometry tasks.prompts tasks.perplexity tasks.weights tasks.function
@@ -33,7 +33,7 @@ LEVELS = tuple(
     workers.inline workers.fake workers.units
     search.optuna_study search.recipes
     search.cmaes search.random_search search.ga search.greedy_soup search.frank_wolfe search.nsga2 search.tpe search.gp
-    search.niches
+    search.niches search.map_elites search.cycleqd
     search.nsga3 search.auto
     workers.local workers.ray workers.child score.multiple_choice score.perplexity score.weights evaluate
     score.generation score.function score.lm_eval
@@ -43,7 +43,7 @@ LEVELS = tuple(
     prepare
     progress history standalone check inspect_pool
     session warm export.mergekit export.record report.results report.status
-    run export.card export.push report.compare report.front report.pool_page
+    run export.card export.push report.archive report.compare report.front report.pool_page
     export.hf report.page
     export.verify
     export.write
@@ -60,7 +60,7 @@ IMPURE = words(
     pool stock merge.masks merge.bank merge.geometry merge.live merge.pipeline merge.builder score.attention
     score.model score.multiple_choice score.perplexity score.weights score.generation score.function score.lm_eval
     evaluate standalone check workers.child workers.ray export.hf export.verify report.results report.compare
-    report.front report.page report.pool_page inspect_pool licences export.write export.card export.push
+    report.archive report.front report.page report.pool_page inspect_pool licences export.write export.card export.push
     """
 )
 """May load heavy packages when they are imported; all others must not, so that the command line starts fast."""

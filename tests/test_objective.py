@@ -221,3 +221,56 @@ def test_bad_constraints(limit: dict[str, Any], words: str) -> None:
     """Each complaint is one line."""
     with pytest.raises(UserError, match=words):
         fitness({}, constraints=[limit])
+
+
+# -- measures ------------------------------------------------------------------------------------------------
+
+
+def test_measures_are_in_their_own_sense() -> None:
+    """A metric as it is, whichever way is good; forgetting and recovered gain as they are named; no floor on any."""
+    bounds = {"low": 0.0, "high": 1.0}
+    measures = [
+        {"name": "right", "tasks": ["t1"], **bounds},
+        {"name": "both", **bounds},
+        {"name": "forgotten", "kind": "forgetting", **bounds},
+        {"name": "gained", "kind": "recovered_gain", "tasks": ["t0"], **bounds},
+    ]
+    o = bound(fitness({}, {}, measures=measures, floor={"penalty": 3}))
+    entropy = fitness({"metric": "cross_entropy"}, measures=[{"name": "loss", "low": 0.0, "high": 9.0}])
+
+    assert o.measures(scores(0.7, 0.2)) == pytest.approx([0.2, 0.45, 0.5 * 0.2, 0.5], abs=1e-6)
+    assert o.losses(scores(0.9, 0.9)) == pytest.approx(bound(fitness({}, {})).losses(scores(0.9, 0.9)))
+    assert plain(entropy).measures(scores(0.7, metric="cross_entropy")) == pytest.approx([0.7])
+    assert [d.higher for d in (*o.spec.dimensions, *entropy.dimensions)] == [True, True, False, True, False]
+
+
+def test_metrics_of_measures_are_scored() -> None:
+    """What only a measure reads stands among a task's needed columns."""
+    spec = fitness({}, measures=[{"name": "sure", "metric": "probability", "low": 0.0, "high": 1.0}])
+
+    assert spec.metrics_of(spec.tasks[0]) == ("accuracy", "probability")
+
+
+@pytest.mark.parametrize(
+    ("measure", "words"),
+    [
+        ({"low": 0.0}, "high"),
+        ({"low": 1.0, "high": 1.0}, r"`low < high` must hold, but got \(low=1, high=1\)"),
+        ({"low": float("-inf"), "high": 1.0}, "`low < high` must hold"),
+        ({"low": 0.0, "high": 1.0, "cells": 0}, "cells"),
+        ({"low": 0.0, "high": 1.0, "tasks": ["t7"]}, "measures: a: there is no task 't7'"),
+        ({"low": 0.0, "high": 1.0, "metric": "speed"}, "has no metric 'speed'"),
+        ({"low": 0.0, "high": 1.0, "tasks": ["t0", "t1"]}, "of metrics that go one way"),
+    ],
+)
+def test_bad_measures(measure: dict[str, Any], words: str) -> None:
+    """Each complaint is one line."""
+    with pytest.raises(UserError, match=words):
+        fitness({}, {"metric": "cross_entropy"}, measures=[{"name": "a", "tasks": ["t0"], **measure}])
+
+
+def test_measures_have_names_of_their_own() -> None:
+    measure = {"name": "a", "low": 0.0, "high": 1.0}
+
+    with pytest.raises(UserError, match="measures: the names must differ"):
+        fitness({}, measures=[measure, measure])

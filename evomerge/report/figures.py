@@ -256,6 +256,121 @@ def hypervolume(curve: Sequence[tuple[int, float]]) -> Figure:
     }
 
 
+@dataclass(frozen=True)
+class Tile:
+    """One cell of an archive of two measures as the picture's corner points to it, with who is best there."""
+
+    id: int
+    loss: float
+    hover: Sequence[str] = ()
+
+
+def archive(
+    edges: tuple[Sequence[float], Sequence[float]],
+    tiles: Sequence[Sequence[Tile | None]],
+    titles: tuple[str, str, str],
+    chosen: tuple[float, float] | None = None,
+    dots: Sequence[tuple[float, float]] = (),
+) -> Figure:
+    """Losses by two measures: `tiles[row][column]` lies between the edges of the second and the first measure.
+
+    `titles` are those of the measures and of the loss; `chosen` is where the winner lies, `dots` are where elites do.
+    Dark is better.
+    """
+    lines = max((len(t.hover) for row in tiles for t in row if t is not None), default=0)
+    losses = [t.loss for row in tiles for t in row if t is not None]
+    best, worst = min(losses, default=0.0), max(losses, default=1.0)
+    template = "<b>candidate %{customdata[0]}</b>" + "".join(f"<br>%{{customdata[{i + 1}]}}" for i in range(lines))
+    data: list[Figure] = [
+        {
+            "type": "heatmap",
+            "x": list(edges[0]),
+            "y": list(edges[1]),
+            "z": [[None if t is None else t.loss for t in row] for row in tiles],
+            "customdata": [
+                [None if t is None else [t.id, *t.hover, *[""] * (lines - len(t.hover))] for t in row] for row in tiles
+            ],
+            "colorscale": SEQUENTIAL,
+            "reversescale": True,
+            "zmin": best,
+            "zmax": worst + 0.25 * ((worst - best) or 1.0),  # the worst is still told from an empty cell
+            "xgap": 1 if len(edges[0]) <= 60 else 0,
+            "ygap": 1 if len(edges[1]) <= 60 else 0,
+            "hoverongaps": False,
+            "hovertemplate": template + "<extra></extra>",
+            "texttemplate": "%{z:.2f}" if len(edges[0]) <= 14 else "",
+            "colorbar": {
+                "title": {"text": titles[2], "side": "top", "font": {"size": 13}},
+                "thickness": 12,
+                "outlinewidth": 0,
+            },
+        }
+    ]
+    if dots:
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "name": "elites",
+                "x": [x for x, _ in dots],
+                "y": [y for _, y in dots],
+                "marker": {"color": "white", "size": 6, "line": {"color": "#08306B", "width": 1}},
+                "hoverinfo": "skip",
+            }
+        )
+    if chosen is not None:
+        colour, symbol, size, _ = KINDS["winner"]
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "name": "winner",
+                "x": [chosen[0]],
+                "y": [chosen[1]],
+                "marker": {"color": colour, "symbol": symbol, "size": size, "line": {"color": "white", "width": 1}},
+                "hoverinfo": "skip",
+            }
+        )
+    return {
+        "data": data,
+        "layout": {
+            "height": 480,
+            "xaxis": {"title": {"text": titles[0]}, "range": [edges[0][0], edges[0][-1]], "zeroline": False},
+            "yaxis": {"title": {"text": titles[1]}, "range": [edges[1][0], edges[1][-1]], "zeroline": False},
+            "showlegend": len(data) > 1,
+            "margin": {"t": 40},
+        },
+    }
+
+
+def filling(curve: Sequence[tuple[int, int, float]], total: int) -> Figure:
+    """The QD score by how many candidates were scored, and below it the share of the `total` cells that are filled."""
+    x = [n for n, _, _ in curve]
+    common = {"type": "scatter", "mode": "lines+markers", "x": x, "marker": {"size": 4}}
+    template = "after %{x} candidates: %{y:.4g}<extra></extra>"
+    line = {"width": 2, "shape": "hv"}
+    return {
+        "data": [
+            {**common, "y": [q for _, _, q in curve], "line": {"color": "#0072B2", **line}, "hovertemplate": template},
+            {
+                **common,
+                "y": [filled / total for _, filled, _ in curve],
+                "yaxis": "y2",
+                "line": {"color": "#009E73", **line},
+                "customdata": [filled for _, filled, _ in curve],
+                "hovertemplate": "after %{x} candidates: %{customdata} cells<extra></extra>",
+            },
+        ],
+        "layout": {
+            "height": 420,
+            "xaxis": {"title": {"text": "candidates scored"}, "anchor": "y2", "zeroline": False},
+            "yaxis": {"title": {"text": "QD score"}, "domain": [0.54, 1], "rangemode": "tozero"},
+            "yaxis2": {"title": {"text": "coverage"}, "domain": [0, 0.46], "tickformat": ".0%", "rangemode": "tozero"},
+            "showlegend": False,
+        },
+    }
+
+
 LOSS = "loss on the search split"
 
 

@@ -111,6 +111,7 @@
         copyable(box);
         panel.append(box);
       }
+      panel.scrollIntoView({ block: "nearest" });
     });
   }
 

@@ -24,14 +24,17 @@ from evomerge.errors import UserError
 from evomerge.files import replace_file
 from evomerge.history import Entry, History
 from evomerge.pareto import Losses
+from evomerge.prepare import fitness_of
 from evomerge.proposal import Scores
 from evomerge.recipe import Recipe
 from evomerge.report import figures, html
+from evomerge.report.archive import Elite, archive, cells_of, elites, growth, has_archive
 from evomerge.report.coefficients import by_block, coefficient_maps
 from evomerge.report.front import front, progress
 from evomerge.report.results import MEAN, Comparison, Results, Score, cells, comparable, p_text, results, spread
 from evomerge.report.status import candidate, candidate_text, sampled_text, status_of
 from evomerge.rundir import EXPERIMENT, TELEMETRY, read_telemetry
+from evomerge.search.archive import Grid
 from evomerge.tasks.base import SPLITS, Direction
 
 NAME = "report.html"
@@ -46,6 +49,10 @@ MAX_TEXT = 200_000
 """Characters of a recipe's or experiment's YAML."""
 MAX_PAIRS = 10
 """Pictures of two objectives each: those of five."""
+MAX_ELITES = 200
+"""Rows of the archive's table."""
+RASTER = 100
+"""Points along each side of the picture of a Voronoi archive."""
 HOVERED_TASKS = 6
 
 
@@ -71,6 +78,7 @@ def run_page(history: History) -> str:
         html.section("", *_opening(history, r, state)),
         html.section("Scores", *_scores(history, r, split, chosen)),
         *([html.section("Front", *_front(history, losses["select"]))] if len(history.goals) > 1 else []),
+        *([html.section("Archive", *_archive(history))] if has_archive(history) else []),
         html.section("Progress", *_progress(history, losses["search"], losses["select"], chosen)),
         html.section("Coefficients", *_coefficients(history, chosen)),
         html.section("Search, select, report", *_by_split(history)),
@@ -348,6 +356,86 @@ def _members(history: History) -> list[str]:
     ]
 
 
+# -- the archive ----------------------------------------------------------------------------------------------
+
+
+def _archive(history: History) -> list[str]:
+    """Who is best in every cell: a picture for two measures, a table for others; and how the cells were filled."""
+    data = archive(history)
+    if not data["elites"]:
+        return [html.text("No cell is filled yet.")]
+    score = "" if data["qd_score"] is None else f"; QD score {_number(data['qd_score'])}"
+    parts = [html.text(f"{data['filled']:,} of {data['cells']:,} cells are filled ({data['coverage']:.0%}){score}.")]
+    if len(data["measures"]) == 2:
+        parts += [
+            html.note(
+                "The best candidate of every cell by its loss on the search split; dark is better. The same scores "
+                "chose it, so they flatter it. A click on a cell shows its candidate below Progress, with the command "
+                "that exports it."
+            ),
+            html.figure(_archive_map(history), details="candidates"),
+        ]
+    else:
+        parts += _elites(data)
+    if curve := growth(history):
+        parts += [
+            html.subheading("How the archive was filled"),
+            html.figure(figures.filling(curve, data["cells"])),
+            html.note(
+                "QD score: by how much the elites' losses lie below the worst baseline's, summed over the cells; those "
+                "above it add nothing. Coverage: the share of the cells that have an elite."
+            ),
+        ]
+    return parts
+
+
+def _archive_map(history: History) -> figures.Figure:
+    first, second = fitness_of(history.experiment).dimensions
+    cells, found = cells_of(history), {e.cell: e for e in elites(history)}
+    grid = isinstance(cells, Grid)
+    columns, rows = (first.cells, second.cells) if grid else (RASTER, RASTER)
+    x, y = np.linspace(first.low, first.high, columns + 1), np.linspace(second.low, second.high, rows + 1)
+    tile = {c: figures.Tile(e.id, e.loss, _elite_hover(history, e)) for c, e in found.items()}
+    middles = [(x[:-1] + x[1:]) / 2, (y[:-1] + y[1:]) / 2]
+    tiles = [[tile.get(cells.of(np.array([a, b]))) for a in middles[0]] for b in middles[1]]
+    at = {
+        e.id: (min(max(e.measures[0], first.low), first.high), min(max(e.measures[1], second.low), second.high))
+        for e in found.values()
+    }
+    titles = (_measured(history, 0), _measured(history, 1), "loss")
+    chosen = None if history.winner_id is None else at.get(history.winner_id)
+    return figures.archive((x.tolist(), y.tolist()), tiles, titles, chosen, [] if grid else list(at.values()))
+
+
+def _measured(history: History, n: int) -> str:
+    """A measure's name with what it is of."""
+    fitness = fitness_of(history.experiment)
+    measure = fitness.measures[n]
+    if measure.kind != "weighted_mean":
+        return f"{measure.name} ({measure.kind.replace('_', ' ')})"
+    metrics = dict.fromkeys(measure.metric or t.metric for t, _ in fitness.weights_of(measure))
+    return f"{measure.name} ({', '.join(metrics)})"
+
+
+def _elite_hover(history: History, e: Elite) -> list[str]:
+    names = [d.name for d in fitness_of(history.experiment).dimensions]
+    measured = ", ".join(f"{n} {x:.4g}" for n, x in zip(names, e.measures, strict=True))
+    return [f"loss {e.loss:.4f} at {measured}", *_hover(history, history.entry(e.id), "search")]
+
+
+def _elites(data: Mapping[str, Any]) -> list[str]:
+    best = sorted(data["elites"], key=lambda e: (e["loss"], e["cell"]))
+    rows = []
+    for e in best[:MAX_ELITES]:
+        scores = [f"{_number(s['score'])} [{s['low']:.2f}, {s['high']:.2f}]" for s in e["scores"].values()]
+        name = f"{e['id']} {e['name']}".strip() + (", the winner" if e["winner"] else "")
+        rows.append([name, _number(e["loss"]), *(_number(x) for x in e["measures"].values()), *scores])
+    titles = ["candidate", "loss", *(m["name"] for m in data["measures"]), *(f"{t}, search" for t in best[0]["scores"])]
+    more = f" Shown are the best {MAX_ELITES:,} of {len(best):,}." if len(best) > MAX_ELITES else ""
+    note = "The best candidate of every filled cell, best first. Its scores chose it, so they flatter it."
+    return [html.table(titles, rows), html.note(note + more)]
+
+
 # -- progress -------------------------------------------------------------------------------------------------
 
 
@@ -359,7 +447,8 @@ def _progress(
     if not scored:
         return [html.text("No candidate is scored yet.")]
     improvements = [_improvements(scored, losses, j) for j in range(len(history.goals))]
-    shown = _selection(history, scored, {i for own in improvements for i, _ in own})
+    best = {e.id for e in elites(history)} if has_archive(history) else set()
+    shown = _selection(history, scored, best.union(i for own in improvements for i, _ in own))
     kinds = {e.id: _kind(history, e) for e in shown}
     hovers = {e.id: _hover(history, e, "search") for e in shown}
     stages = [(next(stage).id, f"stage {n}") for n, stage in groupby(_searched(scored), key=lambda e: e.stage)]
@@ -718,6 +807,8 @@ def _commands(history: History) -> list[str]:
         commands.append(
             f"evomerge front {at} --knee   # another member of the front, also by --prefer or --best --where"
         )
+    if has_archive(history):
+        commands.append(f"evomerge archive {at}   # the best candidate of every cell")
     commands += [f"evomerge report {at}   # this page again, and the table", f"evomerge status {at}"]
     parts = [html.code("\n".join(commands))]
     if not history.path.is_absolute():

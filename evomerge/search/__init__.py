@@ -28,6 +28,12 @@ ALGORITHMS: Mapping[str, Algorithm] = {
     "ga": Algorithm("evomerge.search.ga:Ga", "tournaments, blend crossover, mutation: a plain baseline"),
     "greedy-soup": Algorithm("evomerge.search.greedy_soup:GreedySoup", "experts join a plain mean where that helps"),
     "frank-wolfe": Algorithm("evomerge.search.frank_wolfe:FrankWolfe", "steps towards the expert that helps most"),
+    "map-elites": Algorithm(
+        "evomerge.search.map_elites:MapElites", "quality-diversity: the best for every cell of the fitness's measures"
+    ),
+    "cycleqd": Algorithm(
+        "evomerge.search.cycleqd:CycleQd", "each measure in turn is the quality; linear mixes of experts"
+    ),
     "niches": Algorithm("evomerge.search.niches:Niches", "M2N2: members share out items, mates add what is missing"),
     "nsga-ii": Algorithm("evomerge.search.nsga2:Nsga2", "Pareto front by crowding distance, for two objectives"),
     "nsga-iii": Algorithm("evomerge.search.nsga3:Nsga3", "Pareto front by reference directions, for three and more"),

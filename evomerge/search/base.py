@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from evomerge.manifest import Manifest
 from evomerge.proposal import Genome, Proposal, Result
+from evomerge.search.archive import Dimension
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Needs:
     """Whether it may be asked while tells are outstanding (steady state with a fixed lag)."""
     geometry: bool = False
     """Whether it asks for the sources' inner products (`Start.geometry`)."""
+    measures: int = 0
+    """How many behaviour measures it needs at least (`Result.measures`); algorithms that need none ignore them."""
 
 
 class Optimizer(Protocol):
@@ -108,6 +111,8 @@ class Start:
     """How many proposals may be out at once; None where all are told before more are asked."""
     others: tuple[Genome, ...] = ()
     """The rest of the front so far, for algorithms that keep several answers."""
+    measures: tuple[Dimension, ...] = ()
+    """What stands in `Result.measures`, with bounds and cells."""
 
 
 Ids = Iterator[int]

@@ -15,8 +15,8 @@ Mix = Mapping[str, float]
 
 
 def mixture(mix: Mix, manifest: Manifest, dtype: str) -> Recipe:
-    """The canonical recipe of a weighted mean of whole models. Shares below 1e-6 are left out."""
-    sources = {n: {"weight": w} for n, w in mix.items() if w >= 1e-6}
+    """The canonical recipe of a weighted mean of whole models. Shares within 1e-6 of 0 are left out."""
+    sources = {n: {"weight": w} for n, w in mix.items() if abs(w) >= 1e-6}
     rule = Rule(match=Match(), method="linear", sources=sources)
     return Recipe.model_validate({"base": manifest.base, "dtype": dtype, "merge": [rule]}).canonical(manifest)
 

@@ -9,13 +9,19 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from evomerge.config import load
 from evomerge.history import History
+from evomerge.prepare import Prepared
+from evomerge.report.archive import elites
 from evomerge.report.page import write_page
+from evomerge.run import run
+from evomerge.workers.fake import FakeEvaluator
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = [
@@ -220,6 +226,38 @@ def test_several_objectives(browser: Browser, front_run: History, tmp_path: Path
     assert number in front_run.front
     assert f"evomerge export {front_run.path} {number} --to candidate-{number}" in panel
     assert "loss of second on select" in panel
+    assert browser.complaints() == []
+
+
+def test_an_archive(browser: Browser, small_experiment: Path, tmp_path: Path) -> None:
+    """A cell of the archive's picture opens its candidate, with the command that exports it, where a reader sees it."""
+    measures = [
+        {"name": n, "tasks": [n], "metric": "accuracy", "low": 0.3, "high": 0.7, "cells": 4} for n in ("sums", "words")
+    ]
+    search = {"algorithm": "map-elites", "budget": {"evaluations": 30}, "finalists": 3}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Prepared, "evaluator", lambda _: partial(FakeEvaluator, metrics=("accuracy", "cross_entropy")))
+        history = run(load(small_experiment, {"fitness.measures": measures, "search": search}), tmp_path / "run")
+    drawn = checked(browser, write_page(history))
+    assert [d["title"] for d in drawn].count("Archive") == 2
+
+    tile = elites(history)[0]
+    column, row = divmod(tile.cell, 4)
+    browser.click(
+        "const map = [...document.querySelectorAll('.figure')].find((f) => f.data && f.data[0].customdata"
+        " && f.data[0].type === 'heatmap');"
+        "const [x, y] = [map._fullLayout.xaxis, map._fullLayout.yaxis];"
+        "const at = (a, u) => a._offset + a.l2p(0.35 + 0.1 * u);"
+        "return {scrollIntoView: (how) => map.scrollIntoView(how), getBoundingClientRect: () => {"
+        "const box = map.getBoundingClientRect();"
+        f"return {{x: box.x + at(x, {column}), y: box.y + at(y, {row}), width: 0, height: 0}} }} }}"
+    )
+    panel = browser.until(
+        "return document.querySelector('.details h3') && document.querySelector('.details').innerText"
+    )
+    assert panel.startswith(f"Candidate {tile.id}\n")
+    assert f"evomerge export {history.path} {tile.id} --to candidate-{tile.id}" in panel
+    assert browser.js("return document.querySelector('.details').getBoundingClientRect().y < innerHeight")
     assert browser.complaints() == []
 
 

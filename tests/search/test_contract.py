@@ -13,6 +13,7 @@ import pytest
 from evomerge.errors import UserError
 from evomerge.proposal import Genome, Proposal, Result, frozen_genome
 from evomerge.search import ALGORITHMS, make_optimizer, make_options, needs_of
+from evomerge.search.archive import Dimension
 from evomerge.search.base import Optimizer, Start
 from evomerge.space import Axis
 
@@ -28,6 +29,10 @@ pytestmark = pytest.mark.parametrize(
 Loss = Callable[[Genome], float]
 
 
+MIDDLE = frozen_genome([0.5])
+MEASURES = (Dimension("first", 0.0, 1.0, 6), Dimension("last", 0.0, 1.0, 6))
+
+
 def floats(n: int) -> tuple[Axis, ...]:
     return tuple(Axis(f"x{i}") for i in range(n))
 
@@ -37,9 +42,14 @@ def optimizer(
 ) -> Optimizer:
     axes = floats(axes) if isinstance(axes, int) else axes
     rng = np.random.Generator(np.random.PCG64(seed))
-    count = 2 if needs_of(algorithm).objectives == "several" else 1
-    begin = Start(frozen_genome(np.full(len(axes), start)), count)
+    begin = start_at(algorithm, frozen_genome(np.full(len(axes), start)))
     return make_optimizer(algorithm, axes, begin, rng, itertools.count(first_id), make_options(algorithm, {}))
+
+
+def start_at(algorithm: str, genome: Genome) -> Start:
+    """A start with as many objectives as an algorithm needs, and measures where it needs them."""
+    needs = needs_of(algorithm)
+    return Start(genome, 2 if needs.objectives == "several" else 1, measures=MEASURES if needs.measures else ())
 
 
 def genome_of(p: Proposal) -> Genome:
@@ -51,10 +61,12 @@ def sphere(g: Genome) -> float:
     return float(((g - 0.71) ** 2).sum())
 
 
-def told(loss: float, opt: Optimizer) -> Result:
-    """A result; where several objectives are needed the second one pulls the same way."""
+def told(loss: float, opt: Optimizer, genome: Genome = MIDDLE) -> Result:
+    """A result; where several objectives are needed the second one pulls the same way. Measured are two genes."""
     count = 2 if opt.needs.objectives == "several" else 1
-    return Result(np.array([loss, 2 * loss][:count]), "ok" if math.isfinite(loss) else "failed:nan")
+    status = "ok" if math.isfinite(loss) else "failed:nan"
+    measures = genome[[0, -1]] if opt.needs.measures else np.zeros(0)
+    return Result(np.array([loss, 2 * loss][:count]), status, measures=measures)
 
 
 def search(opt: Optimizer, budget: int, loss: Loss = sphere, slice_: int = 10**6) -> list[tuple[Proposal, float]]:
@@ -68,7 +80,7 @@ def search(opt: Optimizer, budget: int, loss: Loss = sphere, slice_: int = 10**6
                 break
         for p in group:
             value = loss(genome_of(p))
-            opt.tell(p, told(value, opt))
+            opt.tell(p, told(value, opt, genome_of(p)))
             done.append((p, value))
     return done
 
@@ -328,8 +340,8 @@ def test_told_with_a_drifted_genome(algorithm: str) -> None:
             g = frozen_genome(np.clip(genome_of(b) + 1e-9, 0.0, 1.0))
             assert np.abs(g - genome_of(a)).max() < 1e-6
             loss = sphere(genome_of(a))
-            exact.tell(a, told(loss, exact))
-            drifted.tell(Proposal(b.id, b.group, genome=g), told(loss, drifted))
+            exact.tell(a, told(loss, exact, genome_of(a)))
+            drifted.tell(Proposal(b.id, b.group, genome=g), told(loss, drifted, genome_of(a)))
 
     assert np.abs(genome_of(exact.ask(1)[0]) - genome_of(drifted.ask(1)[0])).max() < 1e-6
 
@@ -339,8 +351,7 @@ def test_proposals_carry_no_hidden_link(algorithm: str) -> None:
     start = frozen_genome([0.25, 0.5])
     before = start.tobytes()
     rng = np.random.Generator(np.random.PCG64(1))
-    count = 2 if needs_of(algorithm).objectives == "several" else 1
-    begin = Start(start, count)
+    begin = start_at(algorithm, start)
     opt = make_optimizer(algorithm, floats(2), begin, rng, itertools.count(), make_options(algorithm, {}))
 
     search(opt, few(algorithm, 60))
@@ -412,10 +423,9 @@ def test_unknown_axis_kind_is_refused(algorithm: str) -> None:
     axis: Any = Axis("perm", "permutation")  # type: ignore[arg-type]
     rng = np.random.Generator(np.random.PCG64(1))
 
+    start = start_at(algorithm, frozen_genome([0.5]))
     with pytest.raises(UserError, match=r"cannot search the permutation axis 'perm'"):
-        make_optimizer(
-            algorithm, [axis], Start(frozen_genome([0.5])), rng, itertools.count(), make_options(algorithm, {})
-        )
+        make_optimizer(algorithm, [axis], start, rng, itertools.count(), make_options(algorithm, {}))
 
 
 @pytest.mark.parametrize(
@@ -441,6 +451,7 @@ def test_settings_count(algorithm: str) -> None:
     """`population` sets the size of a generation, for every algorithm that has generations."""
     rng = np.random.Generator(np.random.PCG64(1))
     options = make_options(algorithm, {"population": 5})
-    opt = make_optimizer(algorithm, floats(3), Start(frozen_genome([0.5] * 3)), rng, itertools.count(), options)
+    start = start_at(algorithm, frozen_genome([0.5] * 3))
+    opt = make_optimizer(algorithm, floats(3), start, rng, itertools.count(), options)
 
     assert len(opt.ask(100)) == 5

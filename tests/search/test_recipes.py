@@ -13,6 +13,7 @@ import pytest
 from evomerge.manifest import Manifest
 from evomerge.proposal import Proposal, Result, frozen_genome
 from evomerge.search import ALGORITHMS, make_optimizer, make_options, needs_of
+from evomerge.search.archive import Dimension
 from evomerge.search.base import Column, Optimizer, Start
 from evomerge.search.recipes import mixture
 
@@ -37,19 +38,23 @@ class Orthogonal:
 
 
 COLUMNS = (Column("task", "accuracy", higher=True, share=1.0),)
+MEASURES = (Dimension("first", 0.0, 1.0, 5), Dimension("second", 0.0, 1.0, 5))
 
 
 def told(loss: float) -> Result:
-    """A result whose items are the better the lower the loss."""
+    """A result whose items, and one of whose measures, are the better the lower the loss."""
     if not math.isfinite(loss):
         return Result(np.array([loss]), "failed:nan")
     right = np.array([math.exp(-abs(loss)), 0.3, math.exp(-2 * abs(loss))], dtype=np.float32)
-    return Result(np.array([loss]), scores={"task": {"accuracy": right}})
+    measures = np.array([math.exp(-abs(loss)), abs(math.sin(9 * loss))])
+    return Result(np.array([loss]), scores={"task": {"accuracy": right}}, measures=measures)
 
 
 def optimizer(algorithm: str, manifest: Manifest, first_id: int = 0, **settings: Any) -> Optimizer:
     rng = np.random.Generator(np.random.PCG64(1))
-    start = Start(frozen_genome([]), manifest=manifest, columns=COLUMNS, geometry=Orthogonal(manifest))
+    start = Start(
+        frozen_genome([]), manifest=manifest, columns=COLUMNS, geometry=Orthogonal(manifest), measures=MEASURES
+    )
     return make_optimizer(algorithm, (), start, rng, itertools.count(first_id), make_options(algorithm, settings))
 
 
