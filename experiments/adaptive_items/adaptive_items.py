@@ -1,7 +1,8 @@
-"""Adaptive items against full scoring on the quickstart's models, at several budgets of item evaluations.
+"""Sampled items against full scoring on the quickstart's models, at several budgets of item evaluations.
 
-`python experiments/adaptive_items/adaptive_items.py [SEED ...]` writes results.json and table.md beside this file; runs
-that are finished in runs/adaptive-items are read, not repeated. CMA-ES searches one weight for each expert and layer
+`python experiments/adaptive_items/adaptive_items.py [SEED ...]` writes results.json and table.md beside this file, with
+`halving` before the seeds halving.json and halving.md, of successive halving; runs that are finished in
+runs/adaptive-items are read, not repeated. CMA-ES searches one weight for each expert and layer
 from the best of a coarse search (one weight for each expert, in full) that all runs share. Each run is extended from
 budget to budget, and at each one the winner that `evomerge` would return is looked at on the report split. There is no
 floor: the fitness is the plain mean over tasks of the graded metric (probability of the right choice) or of the 0/1 one
@@ -26,9 +27,18 @@ from evomerge.yamlio import load_yaml
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-ITEMS: dict[str, Any] = {"full": "full", "adaptive": {"policy": "adaptive"}}
-BUDGETS = {"full": (25_200, 50_400), "adaptive": (8_400, 16_800)}
+ITEMS: dict[str, Any] = {
+    "full": "full",
+    "adaptive": {"policy": "adaptive"},
+    "halving": {"policy": "halving", "rungs": [60, 500]},
+}
+BUDGETS = {
+    "full": (25_200, 50_400),
+    "adaptive": (8_400, 16_800),
+    "halving": (8_400, 16_800, 25_200, 50_400),
+}
 """Item evaluations of the search: 44 and 89 candidates in full, and a third of that for adaptive items."""
+TABLES = {"results": "table.md", "halving": "halving.md"}
 COARSE = 20_160
 COLUMNS = (("full", "probability"), ("adaptive", "probability"), ("adaptive", "accuracy"), ("full", "accuracy"))
 
@@ -99,15 +109,15 @@ def held_out(h: History, candidate: int) -> dict[str, float]:
     }
 
 
-def main(seeds: list[int]) -> None:
-    """Run what is missing; the files are whole after every budget."""
-    file = HERE / "results.json"
+def main(name: str, columns_of: Iterable[tuple[tuple[str, str], ...]], seeds: list[int]) -> None:
+    """Run what is missing of some columns, in order; the files are whole after every budget."""
+    file = HERE / f"{name}.json"
     rows: list[dict[str, Any]] = json.loads(file.read_text()) if file.exists() else []
     runs = Path("runs") / "adaptive-items"
     coarse = experiment("full", "probability", 1, COARSE)
     run(coarse, runs / "coarse-1")
     start = finalists_of(runs / "coarse-1", coarse)[:1]
-    for columns in (COLUMNS[:2], COLUMNS[2:3], COLUMNS[3:]):
+    for columns in columns_of:
         for seed in seeds:
             for policy, metric in columns:
                 for budget in BUDGETS[policy]:
@@ -117,7 +127,7 @@ def main(seeds: list[int]) -> None:
                     history = run(experiment(*key, start), runs / f"{policy}-{metric}-{seed}")
                     rows.append(row(history, *key))
                     file.write_text("[\n" + ",\n".join(json.dumps(r) for r in rows) + "\n]\n", encoding="utf-8")
-                    (HERE / "table.md").write_text(table(rows), encoding="utf-8")
+                    (HERE / TABLES[name]).write_text(table(rows), encoding="utf-8")
                     print(*key, rows[-1]["evaluated"], f"{rows[-1]['accuracy']:.4f}", flush=True)
 
 
@@ -150,4 +160,9 @@ def _over_seeds(values: list[float]) -> tuple[str, str]:
 
 
 if __name__ == "__main__":
-    main([int(s) for s in sys.argv[1:]] or [1, 2, 3])
+    halving = sys.argv[1:2] == ["halving"]
+    seeds = [int(s) for s in sys.argv[1 + halving :]] or [1, 2, 3]
+    if halving:
+        main("halving", [(("halving", "probability"),)], seeds)
+    else:
+        main("results", (COLUMNS[:2], COLUMNS[2:3], COLUMNS[3:]), seeds)
