@@ -241,7 +241,9 @@ def test_check_follows_the_table(algorithm: str, policy: str, small_experiment: 
         data["fitness"]["objectives"] = [{"name": "x"}, {"name": "y", "kind": "forgetting"}]
     experiment = load(_with_paths(data, small_experiment.parent))
     if policy in POLICIES[needs_of(algorithm).scope]:
-        assert check(experiment).name == "small"
+        notes = check(experiment).notes
+        assert any("items are sampled" in n for n in notes)
+        assert any("who survives" in n for n in notes) == (needs_of(algorithm).scope == "incumbents")
         return
     with pytest.raises(
         UserError, match=rf"search.items: {algorithm} compares .* {policy} items .* use items: (.*)"

@@ -192,13 +192,10 @@ def test_a_survivor_may_win(whole: dict[str, Path]) -> None:
                 assert np.array_equal(sampled.scores[task]["cross_entropy"], expected)
 
 
-@pytest.mark.parametrize("algorithm", ["ga", "niches"])
-def test_who_was_scored_in_full_stays_so(
-    algorithm: str, whole: dict[str, Path], experiment_with: With, tmp_path: Path
-) -> None:
+def test_who_was_scored_in_full_stays_so(whole: dict[str, Path], experiment_with: With, tmp_path: Path) -> None:
     """An extended run scores survivors on new samples; who was scored in full before is ranked by that."""
-    shutil.copytree(whole[algorithm], tmp_path / "out")
-    h = run(experiment_with(**{**SETTINGS[algorithm], "search.budget": {"evaluations": 36}}), tmp_path / "out")
+    shutil.copytree(whole["ga"], tmp_path / "out")
+    h = run(experiment_with(**{**SETTINGS["ga"], "search.budget": {"evaluations": 36}}), tmp_path / "out")
     known = {e.recipe_id: e for e in sorted(h.entries.values(), key=lambda e: -e.id) if "search" in e.results}
     best = sorted(known.values(), key=lambda e: (h.loss(e, "search"), e.id))[:3]
 
