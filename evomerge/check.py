@@ -10,6 +10,7 @@ from evomerge.config import Experiment
 from evomerge.licences import licence_of, remarks
 from evomerge.pool import TORCH_DTYPES
 from evomerge.prepare import Prepared, allowance_of, prepare
+from evomerge.search import needs_of
 from evomerge.tasks.base import NOTHING, Allowed
 
 
@@ -63,6 +64,9 @@ def check(experiment: Experiment, allow: Allowed = NOTHING) -> Check:
             f"items are sampled: a candidate takes about {allowance.items_per_candidate} of the "
             f"{items['search'].count} at first; the work above is for all of them"
         )
+        algorithms = [prepared.experiment.algorithm_of(stage)[0] for stage in prepared.stages]
+        if any(needs_of(a).scope == "incumbents" for a in algorithms):
+            sampled.append("who survives a generation is scored on the next one's items too, which counts")
     elif prepared.device == "cpu" and total is not None:
         seconds = total * per_token * least / _cpu_flops(experiment.workers.threads) / experiment.workers.count
     return Check(

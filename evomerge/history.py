@@ -31,7 +31,7 @@ from evomerge.tasks.base import SPLITS
 @dataclass
 class Entry:
     """One candidate of the journal. `results` has its evaluations by split, `samples` those on some of the search items
-    by the name of the item set."""
+    by the name of the item set, `renewed` those of the samples that belong to later generations."""
 
     id: int
     stage: int
@@ -44,6 +44,7 @@ class Entry:
     parents: tuple[int, ...] = ()
     results: dict[str, Evaluation] = field(default_factory=dict)
     samples: dict[str, Evaluation] = field(default_factory=dict)
+    renewed: set[str] = field(default_factory=set)
 
     def scores(self, split: str) -> Scores | None:
         """Scores on a split, None where it was not scored there or failed."""
@@ -143,6 +144,8 @@ class History:
                 if not whole(result.status, result.scores, counts, metrics):
                     raise ValueError(f"candidate {e['id']} has no result on these items")
                 entry = entries[e["id"]]
+                if name in samples and e["rung"] == 0 and (entry.samples or entry.results):
+                    entry.renewed.add(name)  # a candidate begins only once
                 (entry.samples if name in samples else entry.results)[name] = result
                 cached += bool(e.get("cached")) and name not in ("select", "report")
                 for task, ids in item_ids[name].items() if not e.get("cached") else ():
@@ -253,6 +256,8 @@ class History:
         out: dict[tuple[int, int], dict[str, list[Evaluation]]] = {}
         for e in self.entries.values():
             for name, result in e.samples.items():
+                if name in e.renewed:
+                    continue
                 out.setdefault((e.stage, e.group), {}).setdefault(name, []).append(result)
         return {at: [(self.samples[n], r) for n, r in rungs.items()] for at, rungs in out.items()}
 

@@ -1,7 +1,8 @@
 """Which items a candidate is scored on while the search runs: all, a fresh sample for each generation, or rungs.
 
-A sample is common to a generation, so losses on it are compared within that generation and nowhere else; what has to
-last - baselines, probes, a stage's answers, finalists - is scored in full. Sampled items are drawn by task, in the
+A sample is common to a generation, so losses on it are compared within that generation and nowhere else: who survives
+into the next one is scored on its sample again, and that counts as any other evaluation. What has to last - baselines,
+probes, a stage's answers, finalists - is scored in full. Sampled items are drawn by task, in the
 tasks' proportions, by a generator seeded with the run's seed, the stage and the generation: neither the number of
 workers nor a resume changes them. A policy learns from committed results alone.
 
@@ -25,6 +26,7 @@ from evomerge.proposal import ItemSet, Result, Scores
 
 POLICIES: Mapping[str, tuple[str, ...]] = {
     "generation": ("full", "adaptive", "halving"),
+    "incumbents": ("full", "adaptive"),
     "best": ("full", "halving"),
     "archive": ("full",),
 }

@@ -369,7 +369,7 @@ def check_items(search: Search, algorithm: str, needs: Needs) -> None:
         able = [a for a in ALGORITHMS if policy in POLICIES[needs_of(a).scope]]
         raise UserError(
             f"search.items: {algorithm} compares candidates across generations, which {policy} items do not allow; "
-            f"use items: full, or {' or '.join(able)}"
+            f"use items: {' or '.join(POLICIES[needs.scope])}, or {' or '.join(able)}"
         )
     if policy != "full" and search.lag is not None:
         raise UserError(f"search.lag: {policy} items are common to a generation, steady state has none; drop one")

@@ -26,12 +26,12 @@ from evomerge.journal import Journal
 from evomerge.pareto import compromise, fronts, order
 from evomerge.prepare import Prepared, allowance_of, fitness_of, make_executor, needed_metrics, prepare
 from evomerge.progress import Progress, Silent
-from evomerge.proposal import Evaluation, Genome, Proposal, Result, Scores
+from evomerge.proposal import Evaluation, Genome, ItemSet, Proposal, Result, Scores
 from evomerge.rundir import EXPERIMENT, JOURNAL, Before, RunDirectory, before
 from evomerge.schema import validated
 from evomerge.score.plan import PlanShape
 from evomerge.search import make_optimizer, needs_of
-from evomerge.search.base import Start
+from evomerge.search.base import Elitist, Start
 from evomerge.session import Candidate, Session, references_of
 from evomerge.tasks.base import NOTHING, Allowed
 
@@ -161,18 +161,23 @@ class StageRun:
             geometry=s.prepared.geometry() if needs.geometry else None,
             lag=experiment.search.lag,
             measures=fitness.dimensions,
+            sampled=experiment.search.items != "full",
         )
         self.optimizer = make_optimizer(algorithm, space.axes, begin, rng, s.ids, options)
         self.policy = make_policy(experiment.search.items, s.whole, (experiment.search.seed, n), s.losses_on)
         self.latest: dict[int, dict[int, Result]] = {}
-        """What was told of the last two generations, by number and candidate."""
+        """What was told of the last two generations and of their incumbents, by number and candidate."""
+        self.sampled = begin.sampled
+        self.items = s.whole
+        """What the last candidates began on."""
 
     def advance(self, allowance: Allowance) -> None:
         """Ask, evaluate, tell, until the budget is spent or the algorithm stops; then score its mean.
 
         By generations, or in steady state with a fixed lag: then a new proposal is asked whenever the oldest
-        outstanding one is told, so what it sees does not depend on who finished first. Where candidates were scored on
-        samples of the items, the best of the last generation are scored in full together with the mean.
+        outstanding one is told, so what it sees does not depend on who finished first. Where candidates are scored on
+        samples of the items, incumbents are scored on each new sample before newcomers are compared with them, and the
+        best of the last generation are scored in full together with the mean.
         """
         s = self.s
         lag = s.prepared.experiment.search.lag
@@ -181,17 +186,23 @@ class StageRun:
         while True:
             asked = sum(c.role == "search" for c in s.candidates.values()) + len(outstanding)
             left = 0
+            incumbents = self._incumbents()
             if not self.optimizer.stop():
                 price = self.policy.price
-                left = allowance.left(self.n, asked, s.journal, self.rundir, spent=s.spent, price=price)
+                spent = s.spent + price * len(incumbents)
+                left = allowance.left(self.n, asked, s.journal, self.rundir, spent=spent, price=price)
             room = left if lag is None else min(left, lag - len(outstanding))
             group = [s.ask(p, stage=self.n, role="search") for p in self._proposals(room, lag)]
             outstanding += group
             if not outstanding:
                 break
             items = self.policy.first(outstanding[0].proposal.group)
-            s.submit(group, items)
+            if items.id == self.items.id:
+                incumbents = []
+            self.items = items
+            s.submit([*incumbents, *group], items)
             before = s.committer.evaluated
+            self._renew(incumbents, items, outstanding[0].proposal.group)
             members, results = [], {}
             for _ in range(len(outstanding) if lag is None else 1):
                 candidate = outstanding.popleft()
@@ -209,6 +220,22 @@ class StageRun:
         means = [s.ask(p, stage=self.n, role="mean") for p in self.optimizer.recommend(1)]
         for candidate, evaluation in s.score([*self._best_of_latest(), *means], s.whole):
             s.keep(candidate, evaluation, s.whole)
+
+    def _incumbents(self) -> list[Candidate]:
+        """Who competes with the next generation and so has to be scored on its items."""
+        if not self.sampled or not isinstance(self.optimizer, Elitist):
+            return []
+        return [self.s.candidates[i] for i in self.optimizer.incumbents()]
+
+    def _renew(self, incumbents: list[Candidate], items: ItemSet, group: int) -> None:
+        """Tell the optimizer its incumbents' results on a generation's items."""
+        if not incumbents:
+            return
+        assert isinstance(self.optimizer, Elitist)
+        s = self.s
+        results = {c.id: self._told(s.keep(c, s.commit(c, items), items)) for c in incumbents}
+        self.latest[group] = results
+        self.optimizer.renew(results)
 
     def _on_more_items(self, members: list[Candidate], results: dict[int, Result]) -> dict[int, Result]:
         """Results of a generation's members after all rungs that the policy asks for, comparable with one another.

@@ -121,7 +121,7 @@ class Session:
     def keep(self, c: Candidate, e: Evaluation, items: ItemSet) -> Result:
         """Add a candidate scored on items of the search split; returns what its optimizer is told.
 
-        One that was scored on fewer of them before is replaced.
+        One that was scored on all items before keeps those losses, else the latest count.
         """
         objective = self.objective_on(items)
         losses, violation = objective.failed, 0.0
@@ -130,7 +130,8 @@ class Session:
             losses, violation = objective.losses(e.scores), objective.violation(e.scores)
             measures = objective.measures(e.scores)
         whole = items.id == self.whole.id
-        self.candidates[c.id] = replace(c, losses=losses, violation=violation, whole=whole)
+        if whole or not (c.id in self.candidates and self.candidates[c.id].whole):
+            self.candidates[c.id] = replace(c, losses=losses, violation=violation, whole=whole)
         self.progress.kept(c.id, c.role, losses, e, whole=whole)
         return Result(losses, e.status, e.scores or {}, violation, measures)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -235,17 +236,23 @@ SPECS = {"adaptive": {"policy": "adaptive"}, "halving": {"policy": "halving", "r
 def test_check_follows_the_table(algorithm: str, policy: str, small_experiment: Path) -> None:
     """Pairs of algorithm and policy that the table has are accepted, others refused with the way out."""
     data = json.loads(small_experiment.read_text())
-    data["search"] = {"algorithm": algorithm, "items": SPECS[policy], "budget": {"evaluations": 20}}
+    data["search"] = {"algorithm": algorithm, "items": SPECS[policy], "budget": {"evaluations": 60}}
     if algorithm.startswith("nsga"):
         data["fitness"]["objectives"] = [{"name": "x"}, {"name": "y", "kind": "forgetting"}]
     experiment = load(_with_paths(data, small_experiment.parent))
     if policy in POLICIES[needs_of(algorithm).scope]:
-        assert check(experiment).name == "small"
+        notes = check(experiment).notes
+        assert any("items are sampled" in n for n in notes)
+        assert any("who survives" in n for n in notes) == (needs_of(algorithm).scope == "incumbents")
         return
     with pytest.raises(
-        UserError, match=rf"search.items: {algorithm} compares .* {policy} items .* use items: full, or"
-    ):
+        UserError, match=rf"search.items: {algorithm} compares .* {policy} items .* use items: (.*)"
+    ) as e:
         check(experiment)
+    out = e.value.args[0].rpartition("use items: ")[2]
+    assert out.startswith(" or ".join(POLICIES[needs_of(algorithm).scope]) + ", or ")
+    for other in re.split(" or ", out.partition(", or ")[2]):
+        assert policy in POLICIES[needs_of(other).scope]
 
 
 def _with_paths(data: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,13 +19,14 @@ class Needs:
     """What an optimizer asks of the driver.
 
     `scope`: within which set of proposals losses must be comparable (scored on the same items): those of a
-    generation; all that were told (archive); or whole ones, as only the best seen counts (best).
+    generation; those of a generation and the incumbents, which an `Elitist` has renewed; all that were told (archive);
+    or whole ones, as only the best seen counts (best).
     """
 
     objectives: Literal["one", "several", "any"] = "one"
     axis_kinds: frozenset[str] = frozenset({"float", "int", "categorical"})
     per_item_scores: bool = False
-    scope: Literal["generation", "archive", "best"] = "generation"
+    scope: Literal["generation", "incumbents", "archive", "best"] = "generation"
     constraints: bool = False
     """Whether it looks at `Result.violation` itself."""
     proposes: Literal["genomes", "recipes"] = "genomes"
@@ -62,6 +63,29 @@ class Optimizer(Protocol):
 
     def recommend(self, k: int) -> list[Proposal]:
         """At most k answers that deserve scoring in full, for example the distribution's mean."""
+        ...
+
+
+@runtime_checkable
+class Elitist(Optimizer, Protocol):
+    """An optimizer of scope `incumbents`: survivors of earlier generations compete with each new one.
+
+    Where every generation has items of its own, the survivors are scored on them too:
+
+    old = opt.incumbents()
+    group = opt.ask(100)
+    opt.renew({i: result of i on the new items for i in old}), then tell the group
+    """
+
+    def incumbents(self) -> list[int]:
+        """Numbers of the told proposals that compete with the next generation; [] while one is under way."""
+        ...
+
+    def renew(self, results: Mapping[int, Result]) -> None:
+        """Replace the incumbents' results before the generation is told; failed ones have loss +inf.
+
+        Raises ValueError for anybody else, and for a NaN loss.
+        """
         ...
 
 
@@ -113,7 +137,18 @@ class Start:
     """The rest of the front so far, for algorithms that keep several answers."""
     measures: tuple[Dimension, ...] = ()
     """What stands in `Result.measures`, with bounds and cells."""
+    sampled: bool = False
+    """Whether each generation is scored on items of its own; then a steady-state search has generations too."""
 
 
 Ids = Iterator[int]
 """Numbers proposals; shared by all optimizers of a run."""
+
+
+def check_renewed(results: Mapping[int, Result], incumbents: Collection[int]) -> None:
+    """Raises ValueError for new results of others than the incumbents, and for NaN losses."""
+    for i, r in results.items():
+        if i not in incumbents:
+            raise ValueError(f"proposal {i} was renewed but is no incumbent")
+        if np.isnan(r.losses).any():
+            raise ValueError(f"proposal {i} was renewed with a loss of NaN; failures are +inf")

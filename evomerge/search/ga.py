@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from evomerge.proposal import Genome, Proposal, Result, frozen_genome
-from evomerge.search.base import Ids, Needs, Start
+from evomerge.search.base import Ids, Needs, Start, check_renewed
 from evomerge.space import Axis
 
 
@@ -46,7 +46,7 @@ class Options:
 class Ga:
     """Whole generations; a generation's parents are the elite so far and the generation before."""
 
-    needs = Needs(scope="archive")
+    needs = Needs(scope="incumbents")
 
     def __init__(
         self,
@@ -65,6 +65,7 @@ class Ga:
         self._waiting: dict[int, Genome] = {}
         self._told: list[tuple[float, int, Genome]] = []
         self._parents: list[tuple[float, int, Genome]] = []
+        self._elite: list[tuple[float, int, Genome]] = []
         self._start: Genome | None = start.genome
 
     def ask(self, n: int) -> list[Proposal]:
@@ -77,9 +78,6 @@ class Ga:
         return out
 
     def _next_generation(self) -> None:
-        elite = sorted(self._parents, key=lambda m: m[:2])[: self._options.elite]
-        self._parents = [*elite, *self._told]
-        self._told = []
         self._group += 1
         genomes = [self._child() for _ in range(self._options.population)]
         if self._start is not None:
@@ -117,6 +115,19 @@ class Ga:
         del self._waiting[p.id]
         assert p.genome is not None
         self._told.append((loss, p.id, p.genome))
+        if not self._waiting:
+            self._parents = [*self._elite, *self._told]
+            self._elite = sorted(self._parents, key=lambda m: m[:2])[: self._options.elite]
+            self._told = []
+
+    def incumbents(self) -> list[int]:
+        """The elite: it stands beside the next generation, and is left out here where it failed."""
+        return [] if self._waiting else [i for loss, i, _ in self._elite if math.isfinite(loss)]
+
+    def renew(self, results: Mapping[int, Result]) -> None:
+        """New losses of the elite. Raises ValueError for anybody else, and for a NaN loss."""
+        check_renewed(results, [i for _, i, _ in self._elite])
+        self._elite = [(results[i].loss if i in results else loss, i, g) for loss, i, g in self._elite]
 
     def stop(self) -> Mapping[str, float]:
         """Never by itself: the budget ends the search."""

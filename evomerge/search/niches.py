@@ -23,7 +23,7 @@ from evomerge.errors import UserError
 from evomerge.manifest import Manifest
 from evomerge.proposal import Proposal, Result
 from evomerge.recipe import Recipe, Segments
-from evomerge.search.base import Column, Geometry, Ids, Needs, Start
+from evomerge.search.base import Column, Geometry, Ids, Needs, Start, check_renewed
 from evomerge.space import Axis
 
 Array = NDArray[np.float64]
@@ -114,6 +114,11 @@ class Archive(Generic[Member]):
         self.members[worst], rows[worst] = self.members[-1], rows[-1]
         self.members.pop()
         self.scores = np.array(rows[:-1])
+
+    def renew(self, scores: Sequence[Array | None]) -> None:
+        """New scores of all members in their order; those that have none leave."""
+        self.members = [m for m, s in zip(self.members, scores, strict=True) if s is not None]
+        self.scores = np.array([s for s in scores if s is not None])
 
 
 # -- merging without weights ----------------------------------------------------------------------------------------
@@ -224,7 +229,7 @@ class Options:
 class Niches:
     """Steady state: one child a step, or as many under way as the run's lag says."""
 
-    needs = Needs(scope="archive", per_item_scores=True, proposes="recipes", steady=True, geometry=True)
+    needs = Needs(scope="incumbents", per_item_scores=True, proposes="recipes", steady=True, geometry=True)
 
     def __init__(
         self,
@@ -240,6 +245,7 @@ class Niches:
         self._manifest, self._geometry, self._dtype = start.manifest, start.geometry, start.dtype
         self._columns = start.columns
         self._waits = start.lag is None
+        self._sampled = start.sampled
         self._rng, self._ids = rng, ids
         self._sources = self._geometry.sources
         n = len(self._sources)
@@ -276,11 +282,10 @@ class Niches:
 
     def _proposal(self, mix: Mix, parents: tuple[int, ...]) -> Proposal:
         recipe = recipe_of(mix, self._sources, self._manifest, self._dtype)
-        if not parents:
-            group = 0
-        else:
+        if parents:
             self._step += 1
-            group = self._step
+        # With items of its own a generation is as many children as the archive has members, the first one with seeds.
+        group = max(self._step - 1, 0) // self._o.population if self._sampled else self._step
         p = Proposal(next(self._ids), group, recipe=recipe, parents=parents)
         if not parents:
             self._seed_ids.append(p.id)
@@ -315,8 +320,29 @@ class Niches:
         if math.isnan(r.loss):
             raise ValueError(f"proposal {p.id} was told a loss of NaN; failures are +inf")
         mix = self._waiting.pop(p.id)
-        if math.isfinite(r.loss) and r.violation == 0.0:
-            self._archive.add((mix, p.id), resources(r, self._columns))
+        row = self._row(r)
+        if row is not None:
+            self._archive.add((mix, p.id), row)
+
+    def _row(self, r: Result) -> Array | None:
+        return resources(r, self._columns) if math.isfinite(r.loss) and r.violation == 0.0 else None
+
+    def incumbents(self) -> list[int]:
+        """The archive, where the next child begins a generation."""
+        begins = self._step and self._step % self._o.population == 0 and not self._waiting
+        return [i for _, i in self._archive.members] if begins else []
+
+    def renew(self, results: Mapping[int, Result]) -> None:
+        """New scores of the archive; who fails or misses constraints leaves it.
+
+        Raises ValueError for anybody else and where a member is missing, as all scores must be on the same items;
+        ValueError for a NaN loss, UserError for scores outside of [0, 1].
+        """
+        members = [i for _, i in self._archive.members]
+        check_renewed(results, members)
+        if missing := {*members} - {*results}:
+            raise ValueError(f"proposals {sorted(missing)} were not renewed; members are compared on the same items")
+        self._archive.renew([self._row(results[i]) for i in members])
 
     def stop(self) -> Mapping[str, float]:
         """Never by itself: the budget ends the search."""

@@ -15,7 +15,7 @@ import numpy as np
 
 from evomerge.proposal import Proposal, Result
 from evomerge.search.base import Ids, Needs, Start
-from evomerge.search.optuna_study import Trials, made
+from evomerge.search.optuna_study import Trials, made, renewing
 from evomerge.space import Axis
 
 
@@ -38,7 +38,7 @@ class Options:
 class Nsga2:
     """Whole generations, the first from the front so far; failed members are asked again, so that all are full."""
 
-    needs = Needs(constraints=True, objectives="several", scope="archive")
+    needs = Needs(constraints=True, objectives="several", scope="incumbents")
     options_class = Options
 
     def __init__(
@@ -50,6 +50,7 @@ class Nsga2:
         options: Options | None = None,
     ) -> None:
         self._options = options or self.options_class()
+        self._renewed: dict[int, Any] = {}
         # Half of the first generation stays uniform: a front of close relatives would breed only such.
         others = self._options.population // 2 - 1
         sampler = self._sampler(int(rng.integers(2**32)))
@@ -58,7 +59,9 @@ class Nsga2:
         self._told = 0
 
     def _sampler(self, seed: int) -> Any:
-        return made(lambda optuna: optuna.samplers.NSGAIISampler(**self._operators(optuna), seed=seed))
+        return made(
+            lambda optuna: renewing(optuna.samplers.NSGAIISampler, self._renewed)(**self._operators(optuna), seed=seed)
+        )
 
     def _operators(self, optuna: Any) -> dict[str, Any]:
         return {
@@ -79,6 +82,14 @@ class Nsga2:
     def tell(self, p: Proposal, r: Result) -> None:
         """Report one result. Raises ValueError for a stranger, told twice, or a NaN loss."""
         self._told += self._trials.tell(p, r)
+
+    def incumbents(self) -> list[int]:
+        """The survivors, who are the next generation's parents."""
+        return [*self._trials.parents(self._group + 1)] if self._told == self._options.population else []
+
+    def renew(self, results: Mapping[int, Result]) -> None:
+        """New results of the survivors. Raises ValueError for anybody else, and for a NaN loss."""
+        self._renewed.update(self._trials.with_results(self._trials.parents(self._group), results))
 
     def stop(self) -> Mapping[str, float]:
         """Never by itself: the budget ends the search."""

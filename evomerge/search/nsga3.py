@@ -12,7 +12,7 @@ from typing import Any
 
 from evomerge.search.nsga2 import Nsga2
 from evomerge.search.nsga2 import Options as Nsga2Options
-from evomerge.search.optuna_study import made
+from evomerge.search.optuna_study import made, renewing
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Nsga3(Nsga2):
         assert isinstance(self._options, Options)
         divisions = self._options.divisions
         return made(
-            lambda optuna: optuna.samplers.NSGAIIISampler(
+            lambda optuna: renewing(optuna.samplers.NSGAIIISampler, self._renewed)(
                 **self._operators(optuna), dividing_parameter=divisions, seed=seed
             )
         )

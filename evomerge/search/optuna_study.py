@@ -8,6 +8,7 @@ trials, which no sampler learns from.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from evomerge.proposal import Genome, Proposal, Result, frozen_genome
-from evomerge.search.base import Ids, Start
+from evomerge.search.base import Ids, Start, check_renewed
 from evomerge.space import Axis
 
 LAST_BITS = 1e-6
@@ -38,6 +39,20 @@ def made(build: Callable[[Any], Any]) -> Any:
         return build(optuna)
 
 
+def renewing(sampler: type, renewed: Mapping[int, Any]) -> Any:
+    """A class of Optuna's genetic samplers whose parents may have new results: trial number -> the trial as it is now.
+
+    A finished trial of a study cannot change. Who survives and who mates is chosen among what
+    `get_parent_population` returns, so that is where new results take the place of the old ones.
+    """
+
+    class Renewing(sampler):  # type: ignore[misc]
+        def get_parent_population(self, study: Any, generation: int) -> list[Any]:
+            return [renewed.get(t.number, t) for t in super().get_parent_population(study, generation)]
+
+    return Renewing
+
+
 class Trials:
     """A study over the axes: trials asked, told and waiting."""
 
@@ -57,6 +72,8 @@ class Trials:
         self._distributions = {a.name: self._distribution(a) for a in axes}
         self.study = self._optuna.create_study(sampler=sampler, directions=["minimize"] * objectives)
         self._waiting: dict[int, tuple[Any, Genome]] = {}
+        self._told: dict[int, int] = {}
+        """Trial number -> proposal, of those that did not fail."""
 
     def _distribution(self, axis: Axis) -> Any:
         d = self._optuna.distributions
@@ -128,8 +145,29 @@ class Trials:
                 system_attrs=attributes,
             )
             self.study.add_trial(trial)
+            self._told[self.study.get_trials(deepcopy=False)[-1].number] = p.id
             return True
         if self._constrained:
             trial.set_constraint("fitness", r.violation)
         self.study.tell(trial, r.losses.tolist())
+        self._told[trial.number] = p.id
         return True
+
+    def parents(self, generation: int) -> dict[int, Any]:
+        """Proposal -> trial of those that survived to be a generation's parents; for genetic samplers.
+
+        They are chosen at the first look, when the generation before must be told.
+        """
+        return {self._told[t.number]: t for t in self.study.sampler.get_parent_population(self.study, generation)}
+
+    def with_results(self, trials: Mapping[int, Any], results: Mapping[int, Result]) -> dict[int, Any]:
+        """Trial number -> copy of the trial with a new result. Raises ValueError for strangers and for NaN losses."""
+        check_renewed(results, trials)
+        out = {}
+        for i, r in results.items():
+            trial = out[trials[i].number] = copy.copy(trials[i])
+            trial.values = r.losses.tolist()
+            if self._constrained:
+                trial.system_attrs = {k: v for k, v in trial.system_attrs.items() if not k.startswith("constraints:")}
+                trial.set_constraint("fitness", r.violation)
+        return out

@@ -1,4 +1,4 @@
-"""Adaptive items against full scoring on the quickstart's models, at several budgets of item evaluations.
+"""Sampled items against full scoring on the quickstart's models, at several budgets of item evaluations.
 
 `python experiments/adaptive_items/adaptive_items.py [SEED ...]` writes results.json and table.md beside this file; what
 stands in results.json is not run again. CMA-ES searches one weight for each expert and layer
@@ -28,11 +28,26 @@ from evomerge.yamlio import load_yaml
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-ITEMS: dict[str, Any] = {"full": "full", "adaptive": {"policy": "adaptive"}}
-BUDGETS = {"full": (25_200, 50_400), "adaptive": (8_400, 16_800)}
+ITEMS: dict[str, Any] = {
+    "full": "full",
+    "adaptive": {"policy": "adaptive"},
+    "halving": {"policy": "halving", "rungs": [60, 500]},
+}
+BUDGETS = {
+    "full": (25_200, 50_400),
+    "adaptive": (8_400, 16_800),
+    "halving": (8_400, 16_800, 25_200, 50_400),
+}
 """Item evaluations of the search: 44 and 89 candidates in full, and a third of that for adaptive items."""
 COARSE = 20_160
-METRICS = ("probability", "accuracy")
+SEARCHES = (
+    ("full", "probability"),
+    ("adaptive", "probability"),
+    ("halving", "probability"),
+    ("full", "accuracy"),
+    ("adaptive", "accuracy"),
+)
+"""Policy of items and metric of the search; the first one is what the others are compared with."""
 
 
 def experiment(policy: str, metric: str, seed: int, budget: int, start: Any = ()) -> Any:
@@ -107,32 +122,38 @@ def held_out(h: History, candidate: int) -> dict[str, float]:
 
 
 def main(seeds: list[int]) -> None:
-    """Run what is missing; the files are whole after every budget."""
+    """Run what is missing, in order; the files are whole after every budget."""
     file = HERE / "results.json"
     rows: list[dict[str, Any]] = json.loads(file.read_text()) if file.exists() else []
     runs = Path("runs") / "adaptive-items"
     coarse = experiment("full", "probability", 1, COARSE)
     run(coarse, runs / "coarse-1")
     start = finalists_of(runs / "coarse-1", coarse)[:1]
-    reference: Scores | None = None
-    for seed in seeds:
-        for metric, (policy, budgets) in itertools.product(METRICS, BUDGETS.items()):
-            for budget in budgets:
-                key = (policy, metric, seed, budget)
-                if any((r["policy"], r["metric"], r["seed"], r["budget"]) == key for r in rows):
-                    continue
-                history = run(experiment(*key, start), runs / f"{policy}-{metric}-{seed}")
-                made = row(history, *key)
-                winner = history.entry(made["winner"]).scores("report")
-                assert winner is not None
-                if key[:2] == ("full", "probability"):
-                    reference = winner  # of the larger budget, which comes last
-                elif reference is not None:
-                    made["against_full"] = {m: paired(winner, reference, m) for m in METRICS}
-                rows.append(made)
-                file.write_text("[\n" + ",\n".join(json.dumps(r) for r in rows) + "\n]\n", encoding="utf-8")
-                (HERE / "table.md").write_text(table(rows), encoding="utf-8")
-                print(*key, made["evaluated"], f"{made['accuracy']:.4f}", flush=True)
+    for seed, (policy, metric) in itertools.product(seeds, SEARCHES):
+        for budget in BUDGETS[policy]:
+            key = (policy, metric, seed, budget)
+            if any((r["policy"], r["metric"], r["seed"], r["budget"]) == key for r in rows):
+                continue
+            history = run(experiment(*key, start), runs / f"{policy}-{metric}-{seed}")
+            made = row(history, *key)
+            if (policy, metric) != SEARCHES[0]:
+                made["against_full"] = against_full(history, made["winner"], rows, runs)
+            rows.append(made)
+            file.write_text("[\n" + ",\n".join(json.dumps(r) for r in rows) + "\n]\n", encoding="utf-8")
+            (HERE / "table.md").write_text(table(rows), encoding="utf-8")
+            print(*key, made["evaluated"], f"{made['accuracy']:.4f}", flush=True)
+
+
+def against_full(h: History, winner: int, rows: list[dict[str, Any]], runs: Path) -> dict[str, list[float]]:
+    """A winner minus that of full scoring with the larger budget and the same seed; see `paired`."""
+    policy, metric = SEARCHES[0]
+    seed, budget = h.experiment.search.seed, BUDGETS[policy][-1]
+    [full] = [r for r in rows if (r["policy"], r["metric"], r["seed"], r["budget"]) == (policy, metric, seed, budget)]
+    theirs = History.read(runs / f"{policy}-{metric}-{seed}").entry(full["winner"]).scores("report")
+    ours = h.entry(winner).scores("report")
+    assert ours is not None
+    assert theirs is not None
+    return {m: paired(ours, theirs, m) for m in ("probability", "accuracy")}
 
 
 def table(rows: Iterable[dict[str, Any]]) -> str:
