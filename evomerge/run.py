@@ -143,6 +143,7 @@ class StageRun:
             columns=s.prepared.columns() if needs.per_item_scores else (),
             geometry=s.prepared.geometry() if needs.geometry else None,
             lag=experiment.search.lag,
+            note=s.progress.note,
         )
         self.optimizer = make_optimizer(algorithm, space.axes, begin, rng, s.ids, options)
         self.policy = make_policy(experiment.search.items, s.whole, (experiment.search.seed, n), s.losses_on)

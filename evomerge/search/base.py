@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +33,11 @@ class Needs:
     """Whether it may be asked while tells are outstanding (steady state with a fixed lag)."""
     geometry: bool = False
     """Whether it asks for the sources' inner products (`Start.geometry`)."""
+    design: Callable[[int, Any], int] | None = None
+    """(axes, options) -> candidates before its first model of the losses, for algorithms that rest on one: these know
+    no constraints, which have no model."""
+    most_axes: int | None = None
+    """Axes beyond which it is of no use; None where there is no such number."""
 
 
 class Optimizer(Protocol):
@@ -106,6 +111,8 @@ class Start:
     """For algorithms that need it."""
     lag: int | None = None
     """How many proposals may be out at once; None where all are told before more are asked."""
+    note: Callable[[str], None] = lambda _: None
+    """Tells the user one line, such as that a model was refused; again where a run is resumed."""
 
 
 Ids = Iterator[int]
