@@ -68,8 +68,9 @@ LINKS = (
 )
 """For all losses, for those bounded below, and for shares: a score in [0, 1] is minimised as a loss in [-1, 0]."""
 
-RIDGES = (1e-8, 1e-4, 1e-2, 1.0)
-"""Strengths of the penalty on squared coefficients, in units of the losses' variance; the constant is free."""
+RIDGES = (1e-8, 1e-2, 0.1, 1.0, 10.0)
+"""Strengths of the penalty on squared coefficients but the constant, each taken as what it changes the loss by, where
+the loss is at its mean, in standard deviations."""
 
 
 def unknowns(axes: int) -> int:
@@ -119,7 +120,8 @@ def _fit(points: Points, losses: Values, link: Link, ridge: float) -> Surrogate:
     x = _features(points)
     n, unknown = x.shape
     scale = float(losses.std()) or 1.0
-    penalty = np.sqrt(ridge) * np.eye(unknown)[1:]
+    effect = float(link.slope(link.inverse(losses.mean(keepdims=True)))[0]) / scale
+    penalty = np.sqrt(ridge) * effect * np.eye(unknown)[1:]
 
     def residual(c: Values) -> Values:
         return np.concatenate([(link.value(x @ c) - losses) / scale, penalty @ c])
@@ -148,8 +150,10 @@ def _features(points: Points) -> NDArray[np.float64]:
 
 FRONT = 100
 """Members of a front that are kept."""
-CHILDREN, GENERATIONS = 200, 40
-"""Of the evolutionary loop."""
+CHILDREN = 200
+"""Of the evolutionary loop, per generation."""
+GENERATIONS = 10
+"""Of the evolutionary loop, for each axis."""
 
 
 def front_of(losses_at: Callable[[Points], Losses], begin: Points, rng: np.random.Generator) -> tuple[Points, Losses]:
@@ -161,7 +165,7 @@ def front_of(losses_at: Callable[[Points], Losses], begin: Points, rng: np.rando
     """
     points, axes = begin, begin.shape[1]
     losses = losses_at(points)
-    for sigma in np.geomspace(0.3, 0.003, GENERATIONS):
+    for sigma in np.geomspace(0.3, 0.003, GENERATIONS * axes):
         a, b = (points[rng.integers(len(points), size=CHILDREN)] for _ in range(2))
         mutated = rng.random(a.shape) < 1 / axes
         children = a + rng.uniform(-0.3, 1.3, (CHILDREN, 1)) * (b - a) + sigma * mutated * rng.normal(size=a.shape)

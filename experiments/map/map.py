@@ -2,10 +2,10 @@
 
 `python experiments/map/map.py [SEED ...]` writes results.json and table.md beside this file; runs that are finished in
 runs/map are read, not repeated. The objectives are the three tasks' mean probabilities of the right choice, without a
-floor; the space is one weight for each expert. What counts is the front that `evomerge` returns (the non-dominated
-finalists on the select split), on the report split: the volume between the origin and the three probabilities that its
-members dominate. Baselines are finalists of every run, so their own front is the least that any run can return but for
-the noise of the select split.
+floor; the space is one weight for each expert, within two boxes. What
+counts is the front that `evomerge` returns (the non-dominated finalists on the select split), on the report split: the
+volume between the origin and the three probabilities that its members dominate. Baselines are finalists of every run,
+so their own front is the least that any run can return but for the noise of the select split.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable
+from itertools import product
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -30,6 +31,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 TASKS = ("add", "attr", "count")
 BUDGET = 48
+BOXES = {"0 to 1": (0.0, 1.0), "-0.5 to 1.5": (-0.5, 1.5)}
+"""Bounds of the weights: MAP's own, and those of the library's `one-weight-per-expert`."""
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "map": {},
     "bayesian-map": {},
@@ -38,7 +41,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
 }
 
 
-def experiment(algorithm: str, seed: int) -> Any:
+def experiment(box: str, algorithm: str, seed: int) -> Any:
     """One search over the quickstart's models."""
     fitness: Any = load_yaml(ROOT / "fitness" / "skills.yaml")
     del fitness["floor"]
@@ -47,6 +50,7 @@ def experiment(algorithm: str, seed: int) -> Any:
         task["splits"]["report"] = str(ROOT / "fitness" / task["splits"]["report"])
     fitness["objectives"] = [{"name": t, "tasks": [t]} for t in TASKS]
     models = HERE.parent / "quickstart" / "models"
+    low, high = BOXES[box]
     return load(
         {
             "name": algorithm,
@@ -54,7 +58,7 @@ def experiment(algorithm: str, seed: int) -> Any:
                 "base": str(models / "skills-base"),
                 "experts": {e: str(models / f"skills-{e}") for e in TASKS},
             },
-            "search_space": "one-weight-per-expert",
+            "search_space": {"axes": {"weight": {"low": low, "high": high, "default": "uniform"}}},
             "fitness": fitness,
             "search": {
                 "algorithm": algorithm,
@@ -89,12 +93,13 @@ def volume(h: History, candidates: Iterable[int], split: str) -> float:
     return hypervolume(np.array(losses), np.zeros(len(TASKS)))
 
 
-def row(h: History, algorithm: str, seed: int, notes: list[str]) -> dict[str, Any]:
+def row(h: History, box: str, algorithm: str, seed: int, notes: list[str]) -> dict[str, Any]:
     """What a finished run says of its front."""
     searched = [i for i, e in h.entries.items() if e.role == "search"]
     baselines = [i for i, e in h.entries.items() if e.role == "baseline"]
     assert h.front is not None
     return {
+        "box": box,
         "algorithm": algorithm,
         "seed": seed,
         "candidates": len(searched),
@@ -110,21 +115,22 @@ def main(seeds: list[int]) -> None:
     """Run what is missing; the files are whole after every run."""
     file = HERE / "results.json"
     rows: list[dict[str, Any]] = json.loads(file.read_text()) if file.exists() else []
-    for seed in seeds:
-        for algorithm in ALGORITHMS:
-            if any((r["algorithm"], r["seed"]) == (algorithm, seed) for r in rows):
-                continue
-            noted = Noted()
-            history = run(experiment(algorithm, seed), Path("runs") / "map" / f"{algorithm}-{seed}", noted)
-            rows.append(row(history, algorithm, seed, noted.notes))
-            file.write_text("[\n" + ",\n".join(json.dumps(r) for r in rows) + "\n]\n", encoding="utf-8")
-            (HERE / "table.md").write_text(table(rows), encoding="utf-8")
-            print(algorithm, seed, f"{rows[-1]['report']:.4f}", f"{rows[-1]['search']:.4f}", *noted.notes, flush=True)
+    for key in product(BOXES, seeds, ALGORITHMS):
+        box, seed, algorithm = key
+        if any((r["box"], r["seed"], r["algorithm"]) == key for r in rows):
+            continue
+        noted = Noted()
+        out = Path("runs") / "map" / f"{algorithm}-{list(BOXES).index(box)}-{seed}"
+        rows.append(row(run(experiment(box, algorithm, seed), out, noted), box, algorithm, seed, noted.notes))
+        file.write_text("[\n" + ",\n".join(json.dumps(r) for r in rows) + "\n]\n", encoding="utf-8")
+        (HERE / "table.md").write_text(table(rows), encoding="utf-8")
+        print(*key, f"{rows[-1]['report']:.4f}", f"{rows[-1]['search']:.4f}", *noted.notes, flush=True)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Volumes by algorithm: mean over seeds, and each seed's."""
     header = [
+        "weights",
         "algorithm",
         "report split, returned front",
         "by seed",
@@ -133,11 +139,11 @@ def table(rows: list[dict[str, Any]]) -> str:
         "seeds",
     ]
     lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
-    for algorithm in ALGORITHMS:
-        own = sorted((r for r in rows if r["algorithm"] == algorithm), key=lambda r: r["seed"])
+    for box, algorithm in product(BOXES, ALGORITHMS):
+        own = sorted((r for r in rows if (r["box"], r["algorithm"]) == (box, algorithm)), key=lambda r: r["seed"])
         if not own:
             continue
-        cells = [f"`{algorithm}`"]
+        cells = [box, f"`{algorithm}`"]
         for key in ("report", "search"):
             cells += [f"**{mean(r[key] for r in own):.4f}**", " / ".join(f"{r[key]:.4f}" for r in own)]
             if key == "report":
