@@ -202,7 +202,7 @@ def prepare(
     check_axes(experiment, spaces)
     if began_with is None:
         picked = [*picked, *check_populations(experiment, spaces, allowance)]
-        check_designs(experiment, spaces, allowance)
+        check_designs(experiment, spaces, manifest.experts, allowance)
     folders = {n: c.path for n, c in pool.checkpoints.items()}
     prepared = Prepared(experiment, manifest, dtype, plans, spaces, device, (*picked, *pool.notes()), folders)
     prepared.given_recipes()
@@ -294,23 +294,30 @@ def check_axes(experiment: Experiment, spaces: Sequence[SearchSpace]) -> None:
             )
 
 
-def check_designs(experiment: Experiment, spaces: Sequence[SearchSpace], allowance: Allowance) -> None:
-    """Raises UserError where the budget does not hold what an algorithm needs before its first model of the losses and
-    one generation after it, naming how much does."""
+def check_designs(
+    experiment: Experiment, spaces: Sequence[SearchSpace], experts: Sequence[str], allowance: Allowance
+) -> None:
+    """Raises UserError where a budget does not hold the design that an algorithm rests on, and a generation of what it
+    learns from it; names the budget that does."""
     for n, (stage, space) in enumerate(zip(experiment.stages, spaces, strict=True)):
         name, options = experiment.algorithm_of(stage)
         design, budget = needs_of(name).design, allowance.of_stage(n)
         if design is None or budget is None:
             continue
-        parts = {"of its design": design(len(space.axes), options), "of the front": options.population}
+        if needs_of(name).proposes == "recipes":
+            size, what, fewer = len(experts), "experts", "name fewer experts"
+            parts = {"of its merges": design(size, options)}
+        else:
+            size, what, fewer = len(space.axes), "axes", "search fewer axes (groups: all, or buckets)"
+            parts = {"of its design": design(size, options), "of the front": options.population}
         if n == 0 and experiment.search.probes and (probes := len(space.probes())) <= budget / 4:
             parts["probes"] = probes
         wanted = sum(parts.values())
         if wanted > budget:
             raise UserError(
-                f"search: {_stage(n, experiment.stages)}{name} needs {wanted} candidates for {len(space.axes)} axes "
-                f"({', '.join(f'{k} {part}' for part, k in parts.items())}), the budget is {budget}; raise it, search "
-                "fewer axes (groups: all, or buckets), or use algorithm: auto"
+                f"search: {_stage(n, experiment.stages)}{name} needs {wanted} candidates for {size} {what} "
+                f"({', '.join(f'{k} {part}' for part, k in parts.items())}), the budget is {budget}; raise it, "
+                f"{fewer}, or use algorithm: auto"
             )
 
 

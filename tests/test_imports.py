@@ -35,7 +35,7 @@ LEVELS = tuple(
     search.cmaes search.random_search search.ga search.greedy_soup search.frank_wolfe search.nsga2 search.tpe search.gp
     search.niches
     search.nsga3 search.map search.auto
-    search.bayesian_map
+    search.bayesian_map search.nested_map
     workers.local workers.ray workers.child score.multiple_choice score.perplexity score.weights evaluate
     score.generation score.function score.lm_eval
     search layer_swap fitness

@@ -155,6 +155,10 @@ def searching(algorithm: str, evaluations: int, **settings: Any) -> dict[str, An
             searching("bayesian-map", 400) | TWO | {"search_space.groups": "layer-modules"},
             r"bayesian-map is for at most 6 axes, the space has \d+; search fewer \(groups: all\), or use map",
         ),
+        (
+            searching("nested-map", 22, probes=False) | TWO,
+            r"nested-map needs 23 candidates for 2 experts \(23 of its merges\), the budget is 22; raise it, name",
+        ),
         (searching("auto", 40, sigma=0.2), "gp has no setting 'sigma'.*auto picked gp.*drop the setting"),
         (searching("auto", 10, population=11, lag=2, sigma=0.2), "tpe has no setting 'sigma'"),
     ],

@@ -35,6 +35,9 @@ ALGORITHMS: Mapping[str, Algorithm] = {
     "bayesian-map": Algorithm(
         "evomerge.search.bayesian_map:BayesianMap", "MAP whose design goes where its surrogates err, for up to 6 axes"
     ),
+    "nested-map": Algorithm(
+        "evomerge.search.nested_map:NestedMap", "MAP over two models at a time until one is left, for many experts"
+    ),
     "tpe": Algorithm("evomerge.search.tpe:Tpe", "tree-structured Parzen estimators: mixed and conditional axes"),
     "gp": Algorithm("evomerge.search.gp:Gp", "Gaussian process: fewest evaluations where axes are few"),
     "random": Algorithm("evomerge.search.random_search:RandomSearch", "uniform points: the baseline to beat"),

@@ -34,8 +34,8 @@ class Needs:
     geometry: bool = False
     """Whether it asks for the sources' inner products (`Start.geometry`)."""
     design: Callable[[int, Any], int] | None = None
-    """(axes, options) -> candidates before its first model of the losses, for algorithms that rest on one: these know
-    no constraints, which have no model."""
+    """For algorithms that rest on models of the losses, (axes, options) -> candidates before their first front, or
+    (experts, options) -> all candidates of those that propose recipes. Constraints have no model: they know none."""
     most_axes: int | None = None
     """Axes beyond which it is of no use; None where there is no such number."""
 
