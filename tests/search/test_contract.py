@@ -16,9 +16,9 @@ from evomerge.search import ALGORITHMS, make_optimizer, make_options, needs_of
 from evomerge.search.base import Optimizer, Start
 from evomerge.space import Axis
 
-SLOW = {"gp": 14}
+SLOW = {"gp": 14, "bayesian-map": 50}
 """Algorithms that take long to ask: their exam is in the slow tier, with as many evaluations where more are no better
-an exam: for gp ten uniform points and one group of the process."""
+an exam: for gp ten uniform points and one group of the process, for bayesian-map its design and two generations."""
 GENOMES = [a for a in ALGORITHMS if needs_of(a).proposes == "genomes"]
 """Those that propose recipes have an exam of their own (test_recipes.py)."""
 pytestmark = pytest.mark.parametrize(

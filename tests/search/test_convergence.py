@@ -436,7 +436,8 @@ FEW_AXES = {p.name: p for p in (_bowls(3), _zdt("zdt1", 4), _zdt("zdt3", 4), _dt
 @pytest.mark.parametrize(
     ("algorithm", "name", "budget", "seeds"),
     [
-        ("map", "bowls", 45, 4),
+        ("map", "bowls", 35, 3),
+        pytest.param("map", "bowls", 45, 12, marks=SLOW),
         pytest.param("map", "zdt1", 60, 12, marks=SLOW),
         pytest.param("map", "zdt3", 60, 12, marks=SLOW),
         pytest.param("map", "dtlz2", 60, 12, marks=SLOW),

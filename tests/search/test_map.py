@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from evomerge.progress import Silent
 from evomerge.proposal import Proposal, Result, frozen_genome
 from evomerge.run import run
 from evomerge.search import make_optimizer, make_options
@@ -186,16 +187,37 @@ def test_candidates_go_where_the_surrogates_err() -> None:
 TWO = {"fitness.objectives": [{"name": "sums", "tasks": ["sums"]}, {"name": "words", "tasks": ["words"]}]}
 
 
-@pytest.mark.parametrize("algorithm", ["map", "bayesian-map", "nested-map"])
-def test_a_cut_run_is_completed_exactly(algorithm: str, experiment_with: Callable[..., Any], tmp_path: Path) -> None:
-    """Real models: a journal that ends within the front, or within the design, is completed byte by byte."""
-    settings = {"samples": 17} if algorithm == "nested-map" else {"population": 4}
+class Noted(Silent):
+    """Keeps what the user is told."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "settings", "refused"),
+    [
+        ("map", {"population": 4}, 0),
+        ("map", {"population": 4, "r2": 0.999999}, 1),
+        pytest.param("bayesian-map", {"population": 4}, 0, marks=pytest.mark.slow),
+        ("nested-map", {"samples": 17}, 0),
+    ],
+)
+def test_a_cut_run_is_completed_exactly(
+    algorithm: str, settings: dict[str, Any], refused: int, experiment_with: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Real models: a journal that ends within the front (or NSGA-II) or the design is completed byte by byte."""
     search = {"algorithm": algorithm, **settings, "finalists": 3, "probes": False, "seed": 3}
     experiment = experiment_with(search={**search, "budget": {"evaluations": 20}}, **TWO)
-    history = run(experiment, tmp_path / "whole")
+    noted = Noted()
+    history = run(experiment, tmp_path / "whole", noted)
     whole = (tmp_path / "whole" / "journal.jsonl").read_bytes()
     lines = whole.splitlines(keepends=True)
     assert sum(e.role == "search" for e in history.entries.values()) == 20
+    assert sum("NSGA-II goes on" in n for n in noted.notes) == refused
 
     for share in (0.5, 0.7):
         cut = tmp_path / f"cut-{share}"

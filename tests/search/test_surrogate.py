@@ -142,3 +142,4 @@ def test_farthest_fills_the_gaps() -> None:
     assert farthest(losses, losses[[4]], 4) == [0, 8, 2, 6]
     assert farthest(losses, losses, 4) == []
     assert farthest(losses[[3, 3]], losses[[4]], 4) == [0]
+    assert farthest(np.array([[1.0, 0.0], [0.0, 10.0], [0.0, 8.0]]), np.zeros((1, 2)), 2) == [0, 1], "ranges count"
