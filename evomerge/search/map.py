@@ -150,8 +150,9 @@ class Map:
     def _fall_back(self, objective: int, surrogate: Surrogate) -> None:
         """Hand over to NSGA-II, whose first generation are the best so far."""
         self._begin.note(
-            f"the surrogates of {len(self._losses)} candidates do not predict others (objective {objective + 1}: R2 "
-            f"{surrogate.r2:.2f} on left-out candidates, {self._options.r2:g} is needed): NSGA-II goes on"
+            f"search: the surrogates of {len(self._losses)} candidates do not predict others (objective "
+            f"{objective + 1}: R2 {surrogate.r2:.2f} on left-out candidates, {self._options.r2:g} is needed): NSGA-II "
+            "goes on; narrower bounds or a larger `design` may help"
         )
         nsga2 = Nsga2(self._axes, self._begin, self._rng, self._ids, Nsga2Options(self._options.population))
         best = order(np.array(self._losses))[: self._options.population]
