@@ -15,9 +15,12 @@ class RunError(RuntimeError):
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Return "; did you mean 'x'?" for the closest of `known`, else "; known: ..." (at most 12 names)."""
+    """Return "; did you mean 'x'?" for the closest of `known`, else "; known: ..." (at most 12 names).
+
+    Closest are those that the word is the beginning of.
+    """
     names = sorted(known)
-    close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    close = [n for n in names if word and n.startswith(word)] or difflib.get_close_matches(word, names, n=1, cutoff=0.5)
     if close:
         return f"; did you mean {close[0]!r}?"
     return "; known: " + ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")

@@ -20,14 +20,14 @@ def fronts(losses: Losses) -> NDArray[np.int64]:
     left = np.arange(n)
     level = 0
     while len(left):
-        here = left[_undominated(losses[left])]
+        here = left[undominated(losses[left])]
         rank[here] = level
         left = left[rank[left] < 0]
         level += 1
     return rank
 
 
-def _undominated(losses: Losses) -> NDArray[np.bool_]:
+def undominated(losses: Losses) -> NDArray[np.bool_]:
     """True where no other row dominates; rows are tried against the survivors so far, best sums first."""
     kept = np.ones(len(losses), dtype=bool)
     for i in np.argsort(losses.sum(axis=1), kind="stable"):
@@ -88,7 +88,7 @@ def hypervolume(losses: Losses, reference: NDArray[np.float64]) -> float:
     inside = losses[(losses < reference).all(axis=1)]
     if not len(inside):
         return 0.0
-    front = np.unique(inside[_undominated(inside)], axis=0)
+    front = np.unique(inside[undominated(inside)], axis=0)
     if losses.shape[1] == 1:
         return float(reference[0] - front[:, 0].min())
     if losses.shape[1] == 2:  # sorted by the first objective, so the second falls

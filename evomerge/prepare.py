@@ -201,8 +201,10 @@ def prepare(
     allowance = allowance_of(budget, experiment, item_sets(plans)["search"])
     experiment, picked = with_algorithms(experiment, spaces, allowance)
     check_algorithms(experiment)  # what auto picked
+    check_axes(experiment, spaces)
     if began_with is None:
         picked = [*picked, *check_populations(experiment, spaces, allowance), *remarks_on(experiment, items)]
+        check_designs(experiment, spaces, manifest.experts, allowance)
     folders = {n: c.path for n, c in pool.checkpoints.items()}
     prepared = Prepared(experiment, manifest, dtype, plans, spaces, device, (*picked, *pool.notes()), folders)
     prepared.given_recipes()
@@ -274,6 +276,53 @@ def check_populations(experiment: Experiment, spaces: Sequence[SearchSpace], all
     return notes
 
 
+def check_axes(experiment: Experiment, spaces: Sequence[SearchSpace]) -> None:
+    """Raises UserError where a stage has axes of a kind, or more of them, than its algorithm can search."""
+    for n, (stage, space) in enumerate(zip(experiment.stages, spaces, strict=True)):
+        name, _ = experiment.algorithm_of(stage)
+        needs = needs_of(name)
+        if needs.proposes == "recipes":
+            continue
+        for axis in space.axes:
+            if axis.kind not in needs.axis_kinds:
+                raise UserError(
+                    f"search: {_stage(n, experiment.stages)}{name} cannot search the {axis.kind} axis {axis.name!r}; "
+                    "fix it in the space, or use algorithm: auto"
+                )
+        if needs.most_axes is not None and len(space.axes) > needs.most_axes:
+            raise UserError(
+                f"search: {_stage(n, experiment.stages)}{name} is for at most {needs.most_axes} axes, the space has "
+                f"{len(space.axes)}; search fewer (groups: all), or use map or algorithm: auto"
+            )
+
+
+def check_designs(
+    experiment: Experiment, spaces: Sequence[SearchSpace], experts: Sequence[str], allowance: Allowance
+) -> None:
+    """Raises UserError where a budget does not hold the design that an algorithm rests on, and a generation of what it
+    learns from it; names the budget that does."""
+    for n, (stage, space) in enumerate(zip(experiment.stages, spaces, strict=True)):
+        name, options = experiment.algorithm_of(stage)
+        design, budget = needs_of(name).design, allowance.of_stage(n)
+        if design is None or budget is None:
+            continue
+        if needs_of(name).proposes == "recipes":
+            size, what, fewer = len(experts), "experts", "name fewer experts"
+            parts = {"of its merges": design(size, options)}
+        else:
+            size, what, fewer = len(space.axes), "axes", "search fewer axes (groups: all, or buckets)"
+            parts = {"of its design": design(size, options), "of the front": options.population}
+        if n == 0 and experiment.search.probes and (probes := len(space.probes())) <= budget / 4:
+            parts["probes"] = probes
+        wanted = sum(parts.values())
+        if wanted > budget:
+            raise UserError(
+                f"search: {_stage(n, experiment.stages)}{name} needs {wanted} candidates for {size} {what} "
+                f"({', '.join(f'{k} {part}' for part, k in parts.items())}), the budget is {budget}; raise it, "
+                f"{fewer}, or use algorithm: auto"
+            )
+
+
 def _stage(n: int, stages: Sequence[Stage]) -> str:
     return f"stage {n + 1}: " if len(stages) > 1 else ""
 
@@ -319,6 +368,11 @@ def check_algorithms(experiment: Experiment) -> None:
             raise UserError(
                 f"search: {name} needs {count} to lay its archive out by; name some under fitness.measures, such as "
                 f"{{name: {task.name}, tasks: [{task.name}], metric: {task.metric}, low: 0, high: 1, cells: 10}}"
+            )
+        if needs.design is not None and fitness_of(experiment).constraints:
+            raise UserError(
+                f"search: {name} models the objectives and knows no constraints; use nsga-ii or nsga-iii, or make "
+                "each constraint an objective"
             )
         if needs.per_item_scores:
             for goal in fitness_of(experiment).goals:

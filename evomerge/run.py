@@ -162,6 +162,7 @@ class StageRun:
             lag=experiment.search.lag,
             measures=fitness.dimensions,
             sampled=experiment.search.items != "full",
+            note=s.progress.note,
         )
         self.optimizer = make_optimizer(algorithm, space.axes, begin, rng, s.ids, options)
         self.policy = make_policy(experiment.search.items, s.whole, (experiment.search.seed, n), s.losses_on)

@@ -31,10 +31,11 @@ LEVELS = tuple(
     space score.plan workers rundir merge.pipeline
     search.base score score.attention score.model score.prompts merge.builder commit
     workers.inline workers.fake workers.units
-    search.optuna_study search.recipes
+    search.optuna_study search.recipes search.surrogate
     search.cmaes search.random_search search.ga search.greedy_soup search.frank_wolfe search.nsga2 search.tpe search.gp
     search.niches search.map_elites search.cycleqd
-    search.nsga3 search.auto
+    search.nsga3 search.map search.auto
+    search.bayesian_map search.nested_map
     workers.local workers.ray workers.child score.multiple_choice score.perplexity score.weights evaluate
     score.generation score.function score.lm_eval
     search layer_swap fitness

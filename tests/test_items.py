@@ -237,7 +237,7 @@ def test_check_follows_the_table(algorithm: str, policy: str, small_experiment: 
     """Pairs of algorithm and policy that the table has are accepted, others refused with the way out."""
     data = json.loads(small_experiment.read_text())
     data["search"] = {"algorithm": algorithm, "items": SPECS[policy], "budget": {"evaluations": 60}}
-    if algorithm.startswith("nsga"):
+    if needs_of(algorithm).objectives == "several":
         data["fitness"]["objectives"] = [{"name": "x"}, {"name": "y", "kind": "forgetting"}]
     experiment = load(_with_paths(data, small_experiment.parent))
     if policy in POLICIES[needs_of(algorithm).scope]:

@@ -134,6 +134,31 @@ def searching(algorithm: str, evaluations: int, **settings: Any) -> dict[str, An
             searching("cma-es", 20, population=21) | stages(WIDE, {"groups": "layers", **WIDE}),
             "stage 1: the population of cma-es, 21, is larger than the budget of 10",
         ),
+        (
+            searching("map", 15, population=4, probes=False) | TWO,
+            r"map needs 16 candidates for 2 axes \(12 of its design, 4 of the front\), the budget is 15; raise it, ",
+        ),
+        (
+            searching("map", 20, population=4) | TWO,
+            r"map needs 21 candidates for 2 axes \(12 of its design, 4 of the front, 5 probes\), the budget is 20",
+        ),
+        (
+            searching("map", 100) | TWO | {"search_space.method": ["ties", "task_arithmetic"]},
+            "map cannot search the categorical axis 'method'; fix it in the space, or use",
+        ),
+        (
+            searching("map", 40) | TWO | {"fitness.constraints": [{"name": "c", "kind": "forgetting", "at_most": 0.1}]},
+            "map models the objectives and knows no constraints; use nsga-ii",
+        ),
+        (searching("map", 40), "map is for several objectives, the fitness has one; use cma-es or"),
+        (
+            searching("bayesian-map", 400) | TWO | {"search_space.groups": "layer-modules"},
+            r"bayesian-map is for at most 6 axes, the space has \d+; search fewer \(groups: all\), or use map",
+        ),
+        (
+            searching("nested-map", 22, probes=False) | TWO,
+            r"nested-map needs 23 candidates for 2 experts \(23 of its merges\), the budget is 22; raise it, name",
+        ),
         (searching("auto", 40, sigma=0.2), "gp has no setting 'sigma'.*auto picked gp.*drop the setting"),
         (searching("auto", 10, population=11, lag=2, sigma=0.2), "tpe has no setting 'sigma'"),
     ],

@@ -37,6 +37,13 @@ ALGORITHMS: Mapping[str, Algorithm] = {
     "niches": Algorithm("evomerge.search.niches:Niches", "M2N2: members share out items, mates add what is missing"),
     "nsga-ii": Algorithm("evomerge.search.nsga2:Nsga2", "Pareto front by crowding distance, for two objectives"),
     "nsga-iii": Algorithm("evomerge.search.nsga3:Nsga3", "Pareto front by reference directions, for three and more"),
+    "map": Algorithm("evomerge.search.map:Map", "Pareto front of quadratic surrogates: few evaluations, few axes"),
+    "bayesian-map": Algorithm(
+        "evomerge.search.bayesian_map:BayesianMap", "MAP whose design goes where its surrogates err, for up to 6 axes"
+    ),
+    "nested-map": Algorithm(
+        "evomerge.search.nested_map:NestedMap", "MAP over two models at a time until one is left, for many experts"
+    ),
     "tpe": Algorithm("evomerge.search.tpe:Tpe", "tree-structured Parzen estimators: mixed and conditional axes"),
     "gp": Algorithm("evomerge.search.gp:Gp", "Gaussian process: fewest evaluations where axes are few"),
     "random": Algorithm("evomerge.search.random_search:RandomSearch", "uniform points: the baseline to beat"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +37,11 @@ class Needs:
     """Whether it asks for the sources' inner products (`Start.geometry`)."""
     measures: int = 0
     """How many behaviour measures it needs at least (`Result.measures`); algorithms that need none ignore them."""
+    design: Callable[[int, Any], int] | None = None
+    """For algorithms that rest on models of the losses, (axes, options) -> candidates before their first front, or
+    (experts, options) -> all candidates of those that propose recipes. Constraints have no model: they know none."""
+    most_axes: int | None = None
+    """Axes beyond which it is of no use; None where there is no such number."""
 
 
 class Optimizer(Protocol):
@@ -139,6 +144,8 @@ class Start:
     """What stands in `Result.measures`, with bounds and cells."""
     sampled: bool = False
     """Whether each generation is scored on items of its own; then a steady-state search has generations too."""
+    note: Callable[[str], None] = lambda _: None
+    """Tells the user one line, such as that a model was refused; again where a run is resumed."""
 
 
 Ids = Iterator[int]

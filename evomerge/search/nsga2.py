@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from evomerge.proposal import Proposal, Result
+from evomerge.pareto import Losses
+from evomerge.proposal import Genome, Proposal, Result
 from evomerge.search.base import Ids, Needs, Start
 from evomerge.search.optuna_study import Trials, made, renewing
 from evomerge.space import Axis
@@ -70,6 +71,11 @@ class Nsga2:
             "crossover_prob": self._options.crossover,
             "mutation": optuna.samplers.nsgaii.PolynomialMutation(eta=20),
         }
+
+    def begin_with(self, members: Sequence[tuple[Genome, Losses]]) -> None:
+        """Candidates that were scored already become the first generation, at most a population of them."""
+        for genome, losses in members:
+            self._trials.add(genome, losses)
 
     def ask(self, n: int) -> list[Proposal]:
         """Up to n members of the current generation; [] while its tells are awaited."""

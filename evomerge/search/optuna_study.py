@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from evomerge.pareto import Losses
 from evomerge.proposal import Genome, Proposal, Result, frozen_genome
 from evomerge.search.base import Ids, Start, check_renewed
 from evomerge.space import Axis
@@ -119,6 +120,14 @@ class Trials:
         genome = self._genome(trial.params)
         self._waiting[number] = (trial, genome)
         return Proposal(number, group, genome=genome)
+
+    def add(self, genome: Genome, losses: Losses) -> None:
+        """A candidate of the first generation that was scored already; the start is not asked then."""
+        self._given = []
+        self.study.enqueue_trial(self._params(genome))
+        trial = self.study.ask(self._distributions)
+        _ = trial.relative_params  # as in `ask`
+        self.study.tell(trial, losses.tolist())
 
     def tell(self, p: Proposal, r: Result) -> bool:
         """Report one result; False where it failed. Raises ValueError for a stranger and for NaN losses."""

@@ -21,6 +21,13 @@ def mixture(mix: Mix, manifest: Manifest, dtype: str) -> Recipe:
     return Recipe.model_validate({"base": manifest.base, "dtype": dtype, "merge": [rule]}).canonical(manifest)
 
 
+def arithmetic(weights: Mix, manifest: Manifest, dtype: str) -> Recipe:
+    """The canonical recipe of base + sum of weight times (expert - base). Weights below 1e-6 are left out."""
+    sources = {n: {"weight": w} for n, w in weights.items() if w >= 1e-6}
+    rule = Rule(match=Match(), method="task_arithmetic", sources=sources)
+    return Recipe.model_validate({"base": manifest.base, "dtype": dtype, "merge": [rule]}).canonical(manifest)
+
+
 class Mixes:
     """Rounds of mixes: one round is asked and told before the next begins."""
 

@@ -14,7 +14,7 @@ from evomerge.manifest import Manifest
 from evomerge.proposal import Proposal, Result, frozen_genome
 from evomerge.search import ALGORITHMS, make_optimizer, make_options, needs_of
 from evomerge.search.archive import Dimension
-from evomerge.search.base import Column, Optimizer, Start
+from evomerge.search.base import Column, Needs, Optimizer, Start
 from evomerge.search.recipes import mixture
 
 RECIPES = [a for a in ALGORITHMS if needs_of(a).proposes == "recipes"]
@@ -41,25 +41,36 @@ COLUMNS = (Column("task", "accuracy", higher=True, share=1.0),)
 MEASURES = (Dimension("first", 0.0, 1.0, 5), Dimension("second", 0.0, 1.0, 5))
 
 
-def told(loss: float) -> Result:
-    """A result whose items, and one of whose measures, are the better the lower the loss."""
+def told(loss: float, opt: Optimizer) -> Result:
+    """A result whose items, and one of whose measures, are the better the lower the loss; so is a second objective."""
+    losses = np.array([loss, 2 * loss])[: objectives(opt.needs)]
     if not math.isfinite(loss):
-        return Result(np.array([loss]), "failed:nan")
+        return Result(losses, "failed:nan")
     right = np.array([math.exp(-abs(loss)), 0.3, math.exp(-2 * abs(loss))], dtype=np.float32)
     measures = np.array([math.exp(-abs(loss)), abs(math.sin(9 * loss))])
-    return Result(np.array([loss]), scores={"task": {"accuracy": right}}, measures=measures)
+    return Result(losses, scores={"task": {"accuracy": right}}, measures=measures)
+
+
+def objectives(needs: Needs) -> int:
+    return 2 if needs.objectives == "several" else 1
 
 
 def optimizer(algorithm: str, manifest: Manifest, first_id: int = 0, **settings: Any) -> Optimizer:
     rng = np.random.Generator(np.random.PCG64(1))
     start = Start(
-        frozen_genome([]), manifest=manifest, columns=COLUMNS, geometry=Orthogonal(manifest), measures=MEASURES
+        frozen_genome([]),
+        objectives(needs_of(algorithm)),
+        manifest=manifest,
+        columns=COLUMNS,
+        geometry=Orthogonal(manifest),
+        measures=MEASURES,
     )
     return make_optimizer(algorithm, (), start, rng, itertools.count(first_id), make_options(algorithm, settings))
 
 
 def mix_of(p: Proposal, manifest: Manifest) -> dict[str, float]:
-    """Source -> share of the mean that a recipe builds; a block without a rule is the base.
+    """Source -> share of the mean that a recipe builds; a block without a rule is the base. What task arithmetic adds
+    to the base is taken from the base's share.
 
     Of segments the mean shares over the flat layout.
     """
@@ -76,7 +87,10 @@ def mix_of(p: Proposal, manifest: Manifest) -> dict[str, float]:
     rules = [r.sources for r in blocks.values()]
     assert len(rules) == len(manifest.blocks)
     assert all(r == rules[0] for r in rules), "one mix for the whole model"
-    return {n: c["weight"] for n, c in rules[0].items()}
+    mix = {n: c["weight"] for n, c in rules[0].items()}
+    if {r.method for r in blocks.values()} == {"task_arithmetic"}:
+        mix[manifest.base] = 1.0 - sum(mix.values())
+    return mix
 
 
 def search(opt: Optimizer, manifest: Manifest, loss: Loss, budget: int = 400, slice_: int = 100) -> list[Any]:
@@ -86,7 +100,7 @@ def search(opt: Optimizer, manifest: Manifest, loss: Loss, budget: int = 400, sl
         assert group, "either it asks or it stops"
         for p in group:
             value = loss(mix_of(p, manifest))
-            opt.tell(p, told(value))
+            opt.tell(p, told(value, opt))
             done.append((mix_of(p, manifest), value, p))
     return done
 
@@ -128,8 +142,8 @@ def test_strangers_nan_and_failures(algorithm: str, manifest: Manifest) -> None:
     with pytest.raises(ValueError, match="not waiting"):
         opt.tell(Proposal(99, 0, recipe=first.recipe), Result(np.array([1.0])))
     with pytest.raises(ValueError, match="NaN"):
-        opt.tell(first, Result(np.array([math.nan])))
-    opt.tell(first, Result(np.array([math.inf])))
+        opt.tell(first, told(math.nan, opt))
+    opt.tell(first, told(math.inf, opt))
 
     search(opt, manifest, lambda _: math.inf, budget=60)
     assert opt.recommend(2) == []
@@ -161,6 +175,59 @@ def test_frank_wolfe_reaches_the_optimum_of_a_bowl(manifest: Manifest) -> None:
     best = min(done, key=lambda d: d[1])
     assert np.abs(shares(best[0], manifest) - target).max() < 0.03
     assert best[1] < min(loss for _, loss, _ in done[:5]) / 100
+
+
+def own_tasks(p: Proposal, manifest: Manifest) -> Result:
+    """Task j wants expert j's weight at 0.6 and all others' at 0, at a tenth of the price; a and c are easier."""
+    w = shares(mix_of(p, manifest), manifest)[1:]
+    ease = np.array([0.0, 1.0, 0.01, 1.01])
+    return Result(ease + np.array([(w[j] - 0.6) ** 2 + 0.1 * (np.delete(w, j) ** 2).sum() for j in range(4)]))
+
+
+def nested(manifest: Manifest) -> Optimizer:
+    start = Start(frozen_genome([]), 4, manifest=manifest)
+    options = make_options("nested-map", {"samples": 8})
+    return make_optimizer("nested-map", (), start, np.random.default_rng(1), itertools.count(), options)
+
+
+def test_nested_map_merges_pairs(manifest: Manifest) -> None:
+    """Experts alone, then pairs by preference, then the pair of pairs: 4 + 3 x 9 candidates to the best of the sum.
+
+    The sum of the tasks is least where every weight w has its least (w - 0.6)^2 + 0.3 w^2: at 0.6 / 1.3.
+    """
+    opt, done = nested(manifest), []
+    while not opt.stop():
+        for p in opt.ask(7):
+            opt.tell(p, own_tasks(p, manifest))
+            done.append(p)
+
+    assert opt.stop() == {"merges": 3.0}
+    assert len(done) == 4 + 3 * 9 == make_options("nested-map", {"samples": 8}).evaluations(4)
+    used = [frozenset(set(mix_of(p, manifest)) - {"base"}) for p in done]
+    assert used[:4] == [frozenset(e) for e in "abcd"]
+    groups = [set(used[i : i + 9]) for i in (4, 13, 22)]
+    assert groups[2] == {frozenset("abcd")}
+    assert groups[0] | groups[1] in (
+        {frozenset("ab"), frozenset("cd")},
+        {frozenset("ac"), frozenset("bd")},
+        {frozenset("ad"), frozenset("bc")},
+    )
+    assert shares(mix_of(done[-1], manifest), manifest)[1:] == pytest.approx(0.6 / 1.3, abs=0.02)
+
+
+def test_nested_map_without_enough_scores(manifest: Manifest) -> None:
+    """Where all merges fail the better of two models takes the pair's place, and an expert that fails is left out."""
+    opt, done = nested(manifest), []
+    while not opt.stop():
+        for p in opt.ask(100):
+            alone = len(set(mix_of(p, manifest)) - {"base"}) == 1
+            fine = alone and "d" not in mix_of(p, manifest)
+            opt.tell(p, own_tasks(p, manifest) if fine else Result(np.full(4, np.inf), "failed:nan"))
+            done.append(p)
+
+    assert opt.stop() == {"merges": 2.0}
+    assert len(done) == 4 + 2 * 8
+    assert not any("d" in mix_of(p, manifest) for p in done[4:])
 
 
 def test_mixture_leaves_out_crumbs(manifest: Manifest) -> None:
