@@ -16,6 +16,7 @@ from evomerge.budget import Allowance
 from evomerge.config import AdaptiveItems, Budget, Experiment, Search, Stage, StagedSpec, Workers
 from evomerge.errors import UserError
 from evomerge.fitness import FitnessSpec
+from evomerge.importance import important_groups, layer_sizes
 from evomerge.items import POLICIES, make_policy
 from evomerge.layer_swap import LayerSwapSpace
 from evomerge.manifest import Manifest
@@ -27,7 +28,7 @@ from evomerge.search import ALGORITHMS, needs_of, settings_of
 from evomerge.search.auto import AUTO, Problem, choose
 from evomerge.search.base import Column, Geometry, Needs
 from evomerge.search.cmaes import default_population
-from evomerge.space import RuleSpace, SearchSpace, SpaceSpec
+from evomerge.space import Important, RuleSpace, SearchSpace, SpaceSpec
 from evomerge.tasks import Task
 from evomerge.tasks.base import NOTHING, Allowed, Item
 from evomerge.workers import Executor, MakeEvaluator
@@ -196,10 +197,12 @@ def prepare(
     plans = compile_plans(experiment.tasks, items, pool.checkpoints[pool.base], shape)
     manifest = pool.manifest()
     dtype = pool.stored_dtype if experiment.models.dtype == "auto" else experiment.models.dtype
+    experiment, grouped = with_groups(experiment, manifest, pool)
     spaces = bind_spaces(experiment, manifest, dtype)
     budget = began_with or experiment.search.budget
     allowance = allowance_of(budget, experiment, item_sets(plans)["search"])
     experiment, picked = with_algorithms(experiment, spaces, allowance)
+    picked = [*grouped, *picked]
     check_algorithms(experiment)  # what auto picked
     check_axes(experiment, spaces)
     if began_with is None:
@@ -209,6 +212,28 @@ def prepare(
     prepared = Prepared(experiment, manifest, dtype, plans, spaces, device, (*picked, *pool.notes()), folders)
     prepared.given_recipes()
     return prepared
+
+
+def with_groups(experiment: Experiment, manifest: Manifest, pool: Any) -> tuple[Experiment, list[str]]:
+    """The experiment with `important` layers named as groups, and a line for each stage that says which."""
+    from evomerge.merge.geometry import FlatGeometry
+
+    if not any(isinstance(s.space, SpaceSpec) and isinstance(s.space.groups, Important) for s in experiment.stages):
+        return experiment, []
+    sizes = layer_sizes(FlatGeometry(pool, manifest), manifest)
+    stages, notes = list(experiment.stages), []
+    for n, stage in enumerate(stages):
+        if not isinstance(stage.space, SpaceSpec) or not isinstance(stage.space.groups, Important):
+            continue
+        space = important_groups(stage.space, sizes, manifest)
+        stages[n] = stage.model_copy(update={"space": space})
+        assert isinstance(space.groups, tuple)
+        own = ", ".join(g.name for g in space.groups if g.name.startswith("layers."))
+        notes.append(f"{_stage(n, stages)}axes of their own for {own}: there the task vectors are largest")
+    if not isinstance(experiment.search_space, StagedSpec):
+        return experiment.model_copy(update={"search_space": stages[0].space}), notes
+    staged = experiment.search_space.model_copy(update={"stages": tuple(stages)})
+    return experiment.model_copy(update={"search_space": staged}), notes
 
 
 def with_algorithms(

@@ -132,6 +132,12 @@ class Buckets(_Part):
     buckets: int = Field(ge=1)
 
 
+class Important(_Part):
+    """The layers with the largest task vectors, with axes of their own; the other layers share theirs."""
+
+    important: int = Field(ge=1, description="how many; the groups are fixed when a run begins")
+
+
 class NamedGroup(_Part):
     """A hand-made group of blocks."""
 
@@ -159,7 +165,7 @@ class SpaceSpec(_Part):
 
     description: str = ""
     method: str | tuple[str, ...] = Field("task_arithmetic", description="of a list, one is chosen by the search")
-    groups: Literal["all", "layers", "layer-modules"] | Buckets | tuple[NamedGroup, ...] = "all"
+    groups: Literal["all", "layers", "layer-modules"] | Buckets | Important | tuple[NamedGroup, ...] = "all"
     axes: Mapping[str, AxisSpec] = Field(default_factory=dict, description="what is searched, with its bounds")
     params: Mapping[str, Scalar] = Field(default_factory=dict, description="fixed options and coefficients")
     experts: tuple[str, ...] | None = Field(None, description="those that are merged; default all")
@@ -451,6 +457,8 @@ def _groups(spec: SpaceSpec, m: Manifest) -> dict[str, tuple[str, ...]]:
             owner.update(dict.fromkeys(names, g.name))
             out[g.name] = names
         return out
+    if isinstance(spec.groups, Important):
+        raise UserError("search space: important layers are known by their weights; `prepare` makes them named groups")
     per_layer = spec.groups == "layer-modules"
     runs = layers if not isinstance(spec.groups, Buckets) else min(spec.groups.buckets, layers)
     edges = [round(i * layers / runs) for i in range(runs + 1)]

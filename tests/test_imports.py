@@ -40,7 +40,7 @@ LEVELS = tuple(
     score.generation score.function score.lm_eval
     search layer_swap fitness
     config
-    objective budget items
+    objective budget items importance
     prepare
     progress history standalone check inspect_pool
     session warm export.mergekit export.record report.results report.status
