@@ -28,7 +28,7 @@ from evomerge.search.auto import AUTO, Problem, choose
 from evomerge.search.base import Column, Geometry, Needs
 from evomerge.search.cmaes import default_population
 from evomerge.space import RuleSpace, SearchSpace, SpaceSpec
-from evomerge.tasks import Task
+from evomerge.tasks import KINDS, Task
 from evomerge.tasks.base import NOTHING, Allowed, Item
 from evomerge.workers import Executor, MakeEvaluator
 
@@ -199,6 +199,7 @@ def prepare(
     allowance = allowance_of(budget, experiment, item_sets(plans)["search"])
     experiment, picked = with_algorithms(experiment, spaces, allowance)
     check_algorithms(experiment)  # what auto picked
+    picked = [*picked, *check_gradients(experiment, spaces)]
     if began_with is None:
         picked = [*picked, *check_populations(experiment, spaces, allowance)]
     folders = {n: c.path for n, c in pool.checkpoints.items()}
@@ -283,7 +284,9 @@ def allowance_of(budget: Budget, experiment: Experiment, whole: ItemSet) -> Allo
     """
     spec = experiment.search.items
     price = make_policy(spec, whole, (0, 0), lambda _: lambda _: np.zeros(1)).price
-    return Allowance.of(budget, experiment.stages, price, sampled=spec != "full")
+    named = [experiment.algorithm_of(s)[0] for s in experiment.stages if not experiment.is_auto(s)]
+    sampled = spec != "full" or any(needs_of(a).gradients for a in named)
+    return Allowance.of(budget, experiment.stages, price, sampled=sampled)
 
 
 def check_algorithms(experiment: Experiment) -> None:
@@ -292,14 +295,20 @@ def check_algorithms(experiment: Experiment) -> None:
     `auto` picks one that can.
     """
     goals = [g.name for g in fitness_of(experiment).goals]
-    for stage in experiment.stages:
+    for n, stage in enumerate(experiment.stages):
         if experiment.is_auto(stage):
             continue
-        name, _ = experiment.algorithm_of(stage)
+        name, options = experiment.algorithm_of(stage)
         needs = needs_of(name)
         if experiment.search.lag is not None and not needs.steady:
             raise UserError(f"search.lag: {name} learns from whole generations and has no steady state; drop lag")
         check_items(experiment.search, name, needs)
+        seen = [experiment.algorithm_of(s)[0] for s in experiment.stages[:n] if not experiment.is_auto(s)]
+        if getattr(options, "scales", "equal") == "gradients" and not any(needs_of(a).gradients for a in seen):
+            raise UserError(
+                f"search: {name} with scales: gradients takes them from an earlier stage; put a stage of adam before "
+                "it, or drop scales"
+            )
         able = [a for a in ALGORITHMS if needs_of(a).objectives in ("any", "one" if len(goals) == 1 else "several")]
         if needs.objectives == "one" and len(goals) > 1:
             raise UserError(
@@ -311,6 +320,8 @@ def check_algorithms(experiment: Experiment) -> None:
                 f"search: {name} is for several objectives, the fitness has one; "
                 f"use {' or '.join(able)}, or name several under fitness.objectives"
             )
+        if needs.gradients:
+            check_tasks_for_gradients(experiment, name)
         if needs.per_item_scores:
             for goal in fitness_of(experiment).goals:
                 for task, _ in fitness_of(experiment).weights_of(goal):
@@ -319,6 +330,41 @@ def check_algorithms(experiment: Experiment) -> None:
                             f"search: {name} compares models item by item, but task {task.name!r} scores a model as "
                             "a whole; leave it out of the objective"
                         )
+
+
+def check_gradients(experiment: Experiment, spaces: Sequence[SearchSpace]) -> list[str]:
+    """A note where a stage's gradient is of something else than its objective.
+
+    Raises UserError where a stage needs gradients that its space does not have.
+    """
+    notes = []
+    fitness = fitness_of(experiment)
+    for n, (stage, space) in enumerate(zip(experiment.stages, spaces, strict=True)):
+        name, options = experiment.algorithm_of(stage)
+        follows = needs_of(name).gradients
+        if not follows and getattr(options, "scales", "equal") == "equal":
+            continue
+        why = "layer swapping has no derivative" if not isinstance(space, RuleSpace) else space.why_no_gradient()
+        if why is not None:
+            raise UserError(f"search: {_stage(n, experiment.stages)}{name} needs gradients, but {why}")
+        if follows and (fitness.floor or fitness.constraints or fitness.goals[0].kind != "weighted_mean"):
+            notes.append(
+                f"{_stage(n, experiment.stages)}{name} follows the cross-entropy of the tasks; floor, constraints and "
+                "kind of the objective count where candidates are ranked"
+            )
+    return notes
+
+
+def check_tasks_for_gradients(experiment: Experiment, algorithm: str) -> None:
+    """Raises UserError where a task of the objective has no gradient."""
+    fitness = fitness_of(experiment)
+    for task, _ in fitness.weights_of(fitness.goals[0]):
+        if task.differentiable is None:
+            able = " or ".join(name for name, kind in KINDS.items() if kind.spec.differentiable is not None)
+            raise UserError(
+                f"search: {algorithm} follows gradients, but task {task.name!r} of kind {task.kind} has none; "
+                f"search on tasks of kind {able}, or use cma-es"
+            )
 
 
 def check_items(search: Search, algorithm: str, needs: Needs) -> None:
@@ -441,6 +487,17 @@ def fitness_of(experiment: Experiment) -> FitnessSpec:
     """The resolved fitness."""
     assert isinstance(experiment.fitness, FitnessSpec)
     return experiment.fitness
+
+
+def gradient_tasks(experiment: Experiment) -> tuple[str, ...]:
+    """The tasks of the only objective."""
+    fitness = fitness_of(experiment)
+    return tuple(t.name for t, _ in fitness.weights_of(fitness.goals[0]))
+
+
+def gradient_shape(manifest: Manifest) -> tuple[int, int]:
+    """(n_blocks, 1 + n_experts), the shape of a task's gradient (see `proposal.Gradients`)."""
+    return len(manifest.blocks), 1 + len(manifest.experts)
 
 
 def needed_metrics(experiment: Experiment) -> dict[str, tuple[str, ...]]:

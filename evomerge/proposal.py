@@ -19,6 +19,16 @@ Genome: TypeAlias = NDArray[np.float64]
 Scores: TypeAlias = Mapping[str, Mapping[str, NDArray[np.float32]]]
 """task -> metric -> one score per item, shape (n_items,)."""
 
+Gradients: TypeAlias = Mapping[str, NDArray[np.float32]]
+"""task -> <dL/dW_b, c_k> by block b and source k, shape (n_blocks, 1 + n_experts), L the task's mean cross-entropy.
+
+Blocks are in the manifest's order. The first source is the base with c_0 = theta_0; the experts follow in the
+manifest's order with their differences from it, c_k = theta_k - theta_0.
+"""
+
+GRADIENT_PRICE = 3
+"""Item evaluations that an item's gradient counts as, beside its score: a forward and a backward pass."""
+
 
 def frozen_genome(values: NDArray[np.float64] | list[float]) -> Genome:
     """A read-only float64 copy. Raises ValueError outside the unit cube or where not finite."""
@@ -66,6 +76,8 @@ class Job:
     rung: int
     recipe: Recipe
     items: ItemSet
+    gradients: tuple[str, ...] = ()
+    """Tasks whose gradient is asked for."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +95,8 @@ class Evaluation:
     status: str
     scores: Scores | None = None
     reason: str = ""
+    gradients: Gradients | None = None
+    """Of the tasks that the job asked for; None where it asked for none."""
 
     @property
     def ok(self) -> bool:
@@ -112,6 +126,9 @@ class Result:
     scores: Scores = field(default_factory=dict)
     violation: float = 0.0
     """By how much the fitness's constraints are missed; 0 where all are kept."""
+    gradient: NDArray[np.float64] | None = None
+    """d(weighted mean cross-entropy of the objective's tasks)/d(genome), shape (n_axes,); None where it was not asked
+    for, and where the job failed."""
 
     @property
     def loss(self) -> float:

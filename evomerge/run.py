@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from evomerge.budget import Allowance
 from evomerge.canonical import encode_array
@@ -24,15 +25,25 @@ from evomerge.history import History
 from evomerge.items import behind, make_policy
 from evomerge.journal import Journal
 from evomerge.pareto import compromise, fronts, order
-from evomerge.prepare import Prepared, allowance_of, fitness_of, make_executor, needed_metrics, prepare
+from evomerge.prepare import (
+    Prepared,
+    allowance_of,
+    fitness_of,
+    gradient_shape,
+    gradient_tasks,
+    make_executor,
+    needed_metrics,
+    prepare,
+)
 from evomerge.progress import Progress, Silent
-from evomerge.proposal import Evaluation, Genome, Proposal, Result
+from evomerge.proposal import GRADIENT_PRICE, Evaluation, Genome, Proposal, Result
 from evomerge.rundir import JOURNAL, Before, RunDirectory, before
 from evomerge.schema import validated
 from evomerge.score.plan import PlanShape
 from evomerge.search import make_optimizer, needs_of
 from evomerge.search.base import Start
 from evomerge.session import Candidate, Session, references_of
+from evomerge.space import RuleSpace
 from evomerge.tasks.base import NOTHING, Allowed
 
 VIOLATED = 1e6
@@ -77,7 +88,11 @@ def search(
         RunDirectory(out) as rundir,
         Journal(out / JOURNAL, accept_drift=accept_drift, on_drift=rundir.drift) as journal,
         closing(make_executor(prepared.evaluator(), experiment.workers, prepared.device)) as executor,
-        closing(Committer(journal, executor, rundir, interrupted, needed_metrics(experiment))) as committer,
+        closing(
+            Committer(
+                journal, executor, rundir, interrupted, needed_metrics(experiment), gradient_shape(prepared.manifest)
+            )
+        ) as committer,
     ):
         progress.begin(prepared, allowance.extended(extensions[-1]) if extensions else allowance)
         # The journal's file comes first: a folder that has one, even an empty one, is ours to go on with.
@@ -143,7 +158,9 @@ class StageRun:
             columns=s.prepared.columns() if needs.per_item_scores else (),
             geometry=s.prepared.geometry() if needs.geometry else None,
             lag=experiment.search.lag,
+            gradients=gradients_seen(s, n),
         )
+        self.gradients = gradient_tasks(experiment) if needs.gradients else ()
         self.optimizer = make_optimizer(algorithm, space.axes, begin, rng, s.ids, options)
         self.policy = make_policy(experiment.search.items, s.whole, (experiment.search.seed, n), s.losses_on)
         self.latest: dict[int, dict[int, Result]] = {}
@@ -164,7 +181,7 @@ class StageRun:
             asked = sum(c.role == "search" for c in s.candidates.values()) + len(outstanding)
             left = 0
             if not self.optimizer.stop():
-                price = self.policy.price
+                price = self.policy.price * (1 + GRADIENT_PRICE * bool(self.gradients))
                 left = allowance.left(self.n, asked, s.journal, self.rundir, spent=s.spent, price=price)
             room = left if lag is None else min(left, lag - len(outstanding))
             group = [s.ask(p, stage=self.n, role="search") for p in self._proposals(room, lag)]
@@ -172,15 +189,15 @@ class StageRun:
             if not outstanding:
                 break
             items = self.policy.first(outstanding[0].proposal.group)
-            s.submit(group, items)
+            s.submit(group, items, gradients=self.gradients)
             before = s.committer.evaluated
             members, results = [], {}
             for _ in range(len(outstanding) if lag is None else 1):
                 candidate = outstanding.popleft()
                 fresh = not s.journal.replaying
-                evaluation = s.commit(candidate, items)
+                evaluation = s.commit(candidate, items, gradients=self.gradients)
                 members.append(candidate)
-                results[candidate.id] = self._told(s.keep(candidate, evaluation, items))
+                results[candidate.id] = self._told(candidate, s.keep(candidate, evaluation, items))
                 recent.append(evaluation if fresh else Evaluation("ok"))
             results = self._on_more_items(members, results)
             for candidate in members:
@@ -206,7 +223,7 @@ class StageRun:
             for c in climbing:
                 s.submit([c], wanted[c.id], rung=rung)
             scored = [(c, s.commit(c, wanted[c.id], rung=rung)) for c in climbing]
-            results = {c.id: self._told(s.keep(c, e, wanted[c.id])) for c, e in scored}
+            results = {c.id: self._told(c, s.keep(c, e, wanted[c.id])) for c, e in scored}
         for rest in reversed(stopped):
             moved = behind({i: r.losses for i, r in rest.items()}, [r.losses for r in results.values()])
             results |= {i: replace(r, losses=moved[i]) for i, r in rest.items()}
@@ -227,8 +244,11 @@ class StageRun:
         best = order(np.array([latest[i].losses for i in able]))[: s.prepared.experiment.search.finalists]
         return [s.candidates[i] for i in sorted(able[b] for b in best) if not s.candidates[i].whole]
 
-    def _told(self, r: Result) -> Result:
-        """What the algorithm is told: where it does not know constraints, a loss above all that keep them."""
+    def _told(self, c: Candidate, r: Result) -> Result:
+        """What the algorithm is told: the derivative by the genome where it was asked for; where it does not know
+        constraints, a loss above all that keep them."""
+        if c.id in self.s.products:
+            r = replace(r, gradient=gradient_at(self.s, self.n, c, c.proposal.genome))
         if r.violation == 0.0 or self.optimizer.needs.constraints:
             return r
         return replace(r, losses=np.full_like(r.losses, VIOLATED + r.violation))
@@ -282,6 +302,26 @@ def best_start(s: Session, n: int) -> Genome:
         except ValueError:  # another method, such as a baseline's
             continue
     return s.prepared.spaces[n].default
+
+
+def gradient_at(s: Session, n: int, c: Candidate, g: Genome | None) -> Genome:
+    """The derivative of a candidate's loss by the axes of stage n, where it lies at `g`, shape (n_axes,)."""
+    space = s.prepared.spaces[n]
+    assert isinstance(space, RuleSpace)
+    assert g is not None
+    return space.gradient(g, s.products[c.id], s.prepared.manifest)
+
+
+def gradients_seen(s: Session, n: int) -> NDArray[np.float64] | None:
+    """The derivatives that earlier stages saw, in the axes of stage n, shape (n_seen, n_axes); None without any."""
+    space, manifest = s.prepared.spaces[n], s.prepared.manifest
+    if not isinstance(space, RuleSpace) or space.why_no_gradient() is not None:
+        return None
+    out = []
+    for i in s.products:
+        with suppress(ValueError):  # a point that this space does not have
+            out.append(gradient_at(s, n, s.candidates[i], space.encode(s.candidates[i].recipe, manifest)))
+    return np.array(out) if out else None
 
 
 def choose_winner(s: Session) -> list[Candidate]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from evomerge.canonical import decode_array, encode_array
 from evomerge.commit import Committer
@@ -59,6 +60,8 @@ class Session:
     """The baselines' scores on the search split."""
     spent: int = 0
     """Item evaluations of the search so far, without baselines, given recipes and what is scored again in full."""
+    products: dict[int, NDArray[np.float64]] = field(default_factory=dict)
+    """Candidate -> <dL/dW_b, c_k> (see `proposal.Gradients`), L the weighted mean cross-entropy of the objective."""
 
     def __post_init__(self) -> None:
         self.whole = self.prepared.items["search"]
@@ -98,16 +101,28 @@ class Session:
                 raise UserError(f"{self.journal.path} event {event['seq']}: no genome of this space") from None
         return Candidate(p, recipe, role, name)
 
-    def submit(self, group: Sequence[Candidate], items: ItemSet, *, rung: int = 0, together: bool = False) -> None:
-        """Hand candidates out for evaluation; `together` on one worker, and so on one device."""
+    def submit(
+        self,
+        group: Sequence[Candidate],
+        items: ItemSet,
+        *,
+        rung: int = 0,
+        together: bool = False,
+        gradients: tuple[str, ...] = (),
+    ) -> None:
+        """Hand candidates out for evaluation; `together` on one worker, and so on one device.
+
+        `gradients` are the tasks whose gradient is asked for.
+        """
         if group and items.id not in self._announced:
             self.journal.record("items", id=items.id, name=items.name, ids=self.prepared.item_ids(items))
             self._announced.add(items.id)
-        self.committer.submit([(c.id, c.recipe) for c in group], items, rung=rung, together=together)
+        pairs = [(c.id, c.recipe) for c in group]
+        self.committer.submit(pairs, items, rung=rung, together=together, gradients=gradients)
 
-    def commit(self, c: Candidate, items: ItemSet, *, rung: int = 0) -> Evaluation:
+    def commit(self, c: Candidate, items: ItemSet, *, rung: int = 0, gradients: tuple[str, ...] = ()) -> Evaluation:
         """The result of one submitted candidate; it is in the journal before it is returned."""
-        e = self.committer.commit(c.id, c.recipe, items, rung=rung)
+        e = self.committer.commit(c.id, c.recipe, items, rung=rung, gradients=gradients)
         self.progress.scored(c.role, items, e)
         return e
 
@@ -130,6 +145,10 @@ class Session:
         whole = items.id == self.whole.id
         self.candidates[c.id] = replace(c, losses=losses, violation=violation, whole=whole)
         self.progress.kept(c.id, c.role, losses, e, whole=whole)
+        if e.gradients is not None:
+            fitness = fitness_of(self.prepared.experiment)
+            shares = [(t.name, share) for t, share in fitness.weights_of(fitness.goals[0])]
+            self.products[c.id] = np.sum([share * e.gradients[n].astype(np.float64) for n, share in shares], axis=0)
         return Result(losses, e.status, e.scores or {}, violation)
 
     def objective_on(self, items: ItemSet) -> Objective:

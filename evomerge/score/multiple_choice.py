@@ -19,7 +19,7 @@ Columns, one value per item (s_c is the summed log-probability of choice c, in n
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -139,6 +139,23 @@ class MultipleChoice:
         sums = self.choice_logprobs(candidate.model, plan, positions)
         return columns(sums, [plan.trees[i] for i in positions])
 
+    def losses(self, candidate: Scorable, plan: ChoicePlan, positions: tuple[int, ...]) -> Iterator[Tensor]:
+        """The mean of `cross_entropy`, in parts that can be differentiated (see `score.plan.Differentiable`).
+
+        The shared prefix is run with every item: its keys and values depend on the weights, too.
+        """
+        model = candidate.model
+        trees = tuple(_with_prefix(plan.prefix, plan.trees[i]) for i in positions)
+        alone = replace(plan, prefix=plan.prefix[:0], trees=trees)
+        branches = takes_branches(model.config)
+        for batch in _batches(model, alone, tuple(range(len(trees)))):
+            sums = _run(model, batch, None) if branches else _run_rows(model, batch, alone.prefix)
+            if not bool(sums.isfinite().all()):
+                raise NonFinite(f"task {plan.task!r}: log-probabilities are NaN or infinite")
+            golds = [trees[place].gold for place in batch.order]
+            losses = [s.logsumexp(dim=0) - s[g] for s, g in zip(sums.split(batch.counts), golds, strict=True)]
+            yield torch.stack(losses).sum() / len(trees)
+
     def choice_logprobs(self, model: Any, plan: ChoicePlan, positions: tuple[int, ...]) -> list[NDArray[np.float64]]:
         """Per item the summed log-probability of every choice, shape (n_choices,), in nats."""
         key = (plan.id, positions)
@@ -235,6 +252,18 @@ def _tree(context: Sequence[int], choices: Sequence[Sequence[int]], offset: int,
         owners=np.array(owners, dtype=np.int32),
         lengths=tuple(len(c) for c in item.content.choices),
         gold=item.content.gold,
+    )
+
+
+def _with_prefix(prefix: NDArray[np.int32], tree: ChoiceTree) -> ChoiceTree:
+    """The tree that has the shared prefix (P,) as a part of its context."""
+    p = len(prefix)
+    return replace(
+        tree,
+        tokens=np.concatenate([prefix, tree.tokens]),
+        positions=np.concatenate([np.arange(p, dtype=np.int32), tree.positions]),
+        segments=np.concatenate([np.zeros(p, dtype=np.int32), tree.segments]),
+        rows=tree.rows + p,
     )
 
 

@@ -18,13 +18,13 @@ class Needs:
     """What an optimizer asks of the driver.
 
     `scope`: within which set of proposals losses must be comparable (scored on the same items): those of a
-    generation; all that were told (archive); or whole ones, as only the best seen counts (best).
+    generation; all that were told (archive); whole ones, as only the best seen counts (best); or none at all.
     """
 
     objectives: Literal["one", "several", "any"] = "one"
     axis_kinds: frozenset[str] = frozenset({"float", "int", "categorical"})
     per_item_scores: bool = False
-    scope: Literal["generation", "archive", "best"] = "generation"
+    scope: Literal["none", "generation", "archive", "best"] = "generation"
     constraints: bool = False
     """Whether it looks at `Result.violation` itself."""
     proposes: Literal["genomes", "recipes"] = "genomes"
@@ -33,6 +33,8 @@ class Needs:
     """Whether it may be asked while tells are outstanding (steady state with a fixed lag)."""
     geometry: bool = False
     """Whether it asks for the sources' inner products (`Start.geometry`)."""
+    gradients: bool = False
+    """Whether it is told `Result.gradient`."""
 
 
 class Optimizer(Protocol):
@@ -106,6 +108,8 @@ class Start:
     """For algorithms that need it."""
     lag: int | None = None
     """How many proposals may be out at once; None where all are told before more are asked."""
+    gradients: NDArray[np.float64] | None = None
+    """Derivatives of the loss that earlier stages saw, in the axes of this one, shape (n_seen, n_axes)."""
 
 
 Ids = Iterator[int]

@@ -84,6 +84,8 @@ class TaskSpec(BaseModel):
     """False where the metrics say nothing about how well a model does: no row of result tables, no floor."""
     shares: ClassVar[frozenset[str]] = frozenset()
     """Metrics that are shares of a whole, such as accuracy: means over tasks are taken of these, or of one metric."""
+    differentiable: ClassVar[str | None] = None
+    """The metric, a cross-entropy, whose gradient the kind's scorer gives (`score.plan.Differentiable`)."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
     kind: str

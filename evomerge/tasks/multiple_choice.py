@@ -43,6 +43,7 @@ class MultipleChoiceSpec(Prompted):
         "answer_loss": "lower",
     }
     shares: ClassVar[frozenset[str]] = frozenset({"accuracy", "accuracy_norm", "probability"})
+    differentiable: ClassVar[str | None] = "cross_entropy"
 
     kind: Literal["multiple_choice"] = "multiple_choice"
     metric: str = Field("accuracy", description="what the search optimises")
