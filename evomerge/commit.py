@@ -28,7 +28,7 @@ from evomerge.journal import (
     seal,
     whole,
 )
-from evomerge.proposal import GRADIENT_PRICE, Evaluation, ItemSet, Job, Scores, WorkUnit
+from evomerge.proposal import GRADIENT_PRICE, Differentiated, Evaluation, ItemSet, Job, Scores, WorkUnit
 from evomerge.recipe import Recipe
 from evomerge.rundir import FINISHED, RunDirectory
 from evomerge.workers import Executor
@@ -129,14 +129,13 @@ class Committer:
         *,
         rung: int = 0,
         together: bool = False,
-        gradients: tuple[str, ...] = (),
+        gradients: Differentiated = (),
     ) -> None:
         """Hand out what has to be evaluated of (proposal id, canonical recipe) pairs.
 
         Left out is what the journal, the cache or `finished.jsonl` has, and equal recipes after the first; of a
         recipe that was scored on some of the items only the others are evaluated.
-        `together` makes one work unit of all, for one worker. With `gradients`, the tasks whose gradient is asked for,
-        all items are evaluated.
+        `together` makes one work unit of all, for one worker. With `gradients` all items are evaluated.
         """
         jobs = []
         for proposal, recipe in group:
@@ -159,7 +158,7 @@ class Committer:
                 self._units += 1
 
     def commit(
-        self, proposal: int, recipe: Recipe, items: ItemSet, *, rung: int = 0, gradients: tuple[str, ...] = ()
+        self, proposal: int, recipe: Recipe, items: ItemSet, *, rung: int = 0, gradients: Differentiated = ()
     ) -> Evaluation:
         """The result of one submitted proposal, once it is in the journal. Raises Interrupted."""
         asked = bool(gradients)
@@ -216,7 +215,7 @@ class Committer:
         items: ItemSet,
         e: Evaluation,
         rung: int,
-        gradients: tuple[str, ...],
+        gradients: Differentiated,
         *,
         cached: bool = False,
     ) -> Evaluation:
@@ -224,7 +223,7 @@ class Committer:
         self._journal.record("told", id=proposal, rung=rung, items=items.id, **_to_json(e, bool(gradients)), **extra)
         return e
 
-    def _replayed(self, proposal: int, items: ItemSet, gradients: tuple[str, ...]) -> Evaluation:
+    def _replayed(self, proposal: int, items: ItemSet, gradients: Differentiated) -> Evaluation:
         event = self._journal.take("told")
         if event.get("id") != proposal or event.get("items") != items.id:
             raise RunError(
@@ -239,9 +238,9 @@ class Committer:
             raise UserError(f"{self._journal.path} event {event['seq']}: holds no result on these items")
         return e
 
-    def _fits(self, e: Evaluation, items: ItemSet, gradients: tuple[str, ...]) -> bool:
+    def _fits(self, e: Evaluation, items: ItemSet, gradients: Differentiated) -> bool:
         found = e.gradients or {}
-        if {*found} != {*(gradients if e.ok else ())}:
+        if {*found} != {task for task, _ in gradients if e.ok}:
             return False
         if not all(g.shape == self._gradient_shape and np.isfinite(g).all() for g in found.values()):
             return False

@@ -106,7 +106,7 @@ class MergeEvaluator:
         """Of the job's tasks, for what is built. Raises NonFinite."""
         model, bank = self._candidate.model, self._builder.bank
         out = {}
-        for task in job.gradients:
+        for task, metric in job.gradients:
             plan = self._plans[task]
             scorer = self._scorers[plan.kind]
             assert isinstance(scorer, Differentiable)
@@ -115,8 +115,8 @@ class MergeEvaluator:
                 inner_products(model, bank) as products,
                 recomputed(model) if size > RECOMPUTE_ABOVE else nullcontext(),
             ):
-                for loss in scorer.losses(self._candidate, plan, job.items.tasks[task]):
-                    loss.backward()
+                for part in scorer.mean_in_parts(self._candidate, plan, job.items.tasks[task], metric):
+                    part.backward()
             out[task] = products.cpu().numpy().astype(np.float32)
             if not np.isfinite(out[task]).all():
                 raise NonFinite(f"task {task!r}: its gradient is NaN or infinite")

@@ -349,8 +349,8 @@ def check_gradients(experiment: Experiment, spaces: Sequence[SearchSpace]) -> li
             raise UserError(f"search: {_stage(n, experiment.stages)}{name} needs gradients, but {why}")
         if follows and (fitness.floor or fitness.constraints or fitness.goals[0].kind != "weighted_mean"):
             notes.append(
-                f"{_stage(n, experiment.stages)}{name} follows the cross-entropy of the tasks; floor, constraints and "
-                "kind of the objective count where candidates are ranked"
+                f"{_stage(n, experiment.stages)}{name} follows the weighted mean of the tasks' metrics; floor, "
+                "constraints and kind of the objective count where candidates are ranked"
             )
     return notes
 
@@ -359,8 +359,8 @@ def check_tasks_for_gradients(experiment: Experiment, algorithm: str) -> None:
     """Raises UserError where a task of the objective has no gradient."""
     fitness = fitness_of(experiment)
     for task, _ in fitness.weights_of(fitness.goals[0]):
-        if task.differentiable is None:
-            able = " or ".join(name for name, kind in KINDS.items() if kind.spec.differentiable is not None)
+        if not task.smooth:
+            able = " or ".join(name for name, kind in KINDS.items() if kind.spec.smooth)
             raise UserError(
                 f"search: {algorithm} follows gradients, but task {task.name!r} of kind {task.kind} has none; "
                 f"search on tasks of kind {able}, or use cma-es"
@@ -487,12 +487,6 @@ def fitness_of(experiment: Experiment) -> FitnessSpec:
     """The resolved fitness."""
     assert isinstance(experiment.fitness, FitnessSpec)
     return experiment.fitness
-
-
-def gradient_tasks(experiment: Experiment) -> tuple[str, ...]:
-    """The tasks of the only objective."""
-    fitness = fitness_of(experiment)
-    return tuple(t.name for t, _ in fitness.weights_of(fitness.goals[0]))
 
 
 def gradient_shape(manifest: Manifest) -> tuple[int, int]:

@@ -20,11 +20,14 @@ Scores: TypeAlias = Mapping[str, Mapping[str, NDArray[np.float32]]]
 """task -> metric -> one score per item, shape (n_items,)."""
 
 Gradients: TypeAlias = Mapping[str, NDArray[np.float32]]
-"""task -> <dL/dW_b, c_k> by block b and source k, shape (n_blocks, 1 + n_experts), L the task's mean cross-entropy.
+"""task -> <dL/dW_b, c_k> by block b and source k, shape (n_blocks, 1 + n_experts), L the mean of a metric of it.
 
 Blocks are in the manifest's order. The first source is the base with c_0 = theta_0; the experts follow in the
 manifest's order with their differences from it, c_k = theta_k - theta_0.
 """
+
+Differentiated: TypeAlias = tuple[tuple[str, str], ...]
+"""The tasks whose gradient is asked for, each with its metric."""
 
 GRADIENT_PRICE = 3
 """Item evaluations that an item's gradient counts as, beside its score: a forward and a backward pass."""
@@ -76,8 +79,7 @@ class Job:
     rung: int
     recipe: Recipe
     items: ItemSet
-    gradients: tuple[str, ...] = ()
-    """Tasks whose gradient is asked for."""
+    gradients: Differentiated = ()
 
 
 @dataclass(frozen=True)
@@ -127,8 +129,8 @@ class Result:
     violation: float = 0.0
     """By how much the fitness's constraints are missed; 0 where all are kept."""
     gradient: NDArray[np.float64] | None = None
-    """d(weighted mean cross-entropy of the objective's tasks)/d(genome), shape (n_axes,); None where it was not asked
-    for, and where the job failed."""
+    """d(loss)/d(genome), shape (n_axes,); None where it was not asked for, and where the job failed. The loss is the
+    weighted mean over tasks (see `objective.products`)."""
 
     @property
     def loss(self) -> float:

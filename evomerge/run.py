@@ -24,13 +24,13 @@ from evomerge.errors import RunError, UserError
 from evomerge.history import History
 from evomerge.items import behind, make_policy
 from evomerge.journal import Journal
+from evomerge.objective import differentiated
 from evomerge.pareto import compromise, fronts, order
 from evomerge.prepare import (
     Prepared,
     allowance_of,
     fitness_of,
     gradient_shape,
-    gradient_tasks,
     make_executor,
     needed_metrics,
     prepare,
@@ -160,7 +160,7 @@ class StageRun:
             lag=experiment.search.lag,
             gradients=gradients_seen(s, n),
         )
-        self.gradients = gradient_tasks(experiment) if needs.gradients else ()
+        self.gradients = differentiated(fitness) if needs.gradients else ()
         self.optimizer = make_optimizer(algorithm, space.axes, begin, rng, s.ids, options)
         self.policy = make_policy(experiment.search.items, s.whole, (experiment.search.seed, n), s.losses_on)
         self.latest: dict[int, dict[int, Result]] = {}

@@ -14,11 +14,11 @@ from evomerge.commit import Committer
 from evomerge.errors import UserError
 from evomerge.items import taken
 from evomerge.journal import Journal
-from evomerge.objective import Objective
+from evomerge.objective import Objective, products
 from evomerge.pareto import Losses, order
 from evomerge.prepare import Prepared, fitness_of
 from evomerge.progress import Progress
-from evomerge.proposal import Evaluation, ItemSet, Proposal, Result, Scores, frozen_genome
+from evomerge.proposal import Differentiated, Evaluation, ItemSet, Proposal, Result, Scores, frozen_genome
 from evomerge.recipe import Recipe
 
 References = tuple[Scores, Mapping[str, Scores]]
@@ -61,7 +61,7 @@ class Session:
     spent: int = 0
     """Item evaluations of the search so far, without baselines, given recipes and what is scored again in full."""
     products: dict[int, NDArray[np.float64]] = field(default_factory=dict)
-    """Candidate -> <dL/dW_b, c_k> (see `proposal.Gradients`), L the weighted mean cross-entropy of the objective."""
+    """Candidate -> <dL/dW_b, c_k> of its loss (see `objective.products`), where its gradient is known."""
 
     def __post_init__(self) -> None:
         self.whole = self.prepared.items["search"]
@@ -108,19 +108,16 @@ class Session:
         *,
         rung: int = 0,
         together: bool = False,
-        gradients: tuple[str, ...] = (),
+        gradients: Differentiated = (),
     ) -> None:
-        """Hand candidates out for evaluation; `together` on one worker, and so on one device.
-
-        `gradients` are the tasks whose gradient is asked for.
-        """
+        """Hand candidates out for evaluation; `together` on one worker, and so on one device."""
         if group and items.id not in self._announced:
             self.journal.record("items", id=items.id, name=items.name, ids=self.prepared.item_ids(items))
             self._announced.add(items.id)
         pairs = [(c.id, c.recipe) for c in group]
         self.committer.submit(pairs, items, rung=rung, together=together, gradients=gradients)
 
-    def commit(self, c: Candidate, items: ItemSet, *, rung: int = 0, gradients: tuple[str, ...] = ()) -> Evaluation:
+    def commit(self, c: Candidate, items: ItemSet, *, rung: int = 0, gradients: Differentiated = ()) -> Evaluation:
         """The result of one submitted candidate; it is in the journal before it is returned."""
         e = self.committer.commit(c.id, c.recipe, items, rung=rung, gradients=gradients)
         self.progress.scored(c.role, items, e)
@@ -146,9 +143,7 @@ class Session:
         self.candidates[c.id] = replace(c, losses=losses, violation=violation, whole=whole)
         self.progress.kept(c.id, c.role, losses, e, whole=whole)
         if e.gradients is not None:
-            fitness = fitness_of(self.prepared.experiment)
-            shares = [(t.name, share) for t, share in fitness.weights_of(fitness.goals[0])]
-            self.products[c.id] = np.sum([share * e.gradients[n].astype(np.float64) for n, share in shares], axis=0)
+            self.products[c.id] = products(fitness_of(self.prepared.experiment), e.gradients)
         return Result(losses, e.status, e.scores or {}, violation)
 
     def objective_on(self, items: ItemSet) -> Objective:

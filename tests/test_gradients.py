@@ -15,8 +15,9 @@ from evomerge import evaluate as evaluating
 from evomerge.config import load
 from evomerge.merge import gradient as module
 from evomerge.merge.live import load_tokenizer
-from evomerge.prepare import Prepared, prepare
-from evomerge.proposal import Evaluation, Genome, ItemSet, Job, WorkUnit, frozen_genome
+from evomerge.objective import differentiated, products
+from evomerge.prepare import Prepared, fitness_of, prepare
+from evomerge.proposal import Differentiated, Evaluation, Genome, ItemSet, Job, WorkUnit, frozen_genome
 from evomerge.recipe import Recipe
 from evomerge.space import RuleSpace
 
@@ -28,6 +29,8 @@ EXACT = ("gpt2", "gpt_neox")
 differences of those need a longer step."""
 TA = {"method": "task_arithmetic", "axes": {"lambda": {"low": -0.5, "high": 1.5}}}
 LINEAR = {"method": "linear", "axes": {}}
+BOTH = (("choices", "cross_entropy"), ("texts", "loss"))
+PLAIN = ("cross_entropy", "loss")
 WEIGHT = {"low": -0.5, "high": 1.5, "default": "uniform"}
 Space = dict[str, Any]
 
@@ -36,7 +39,9 @@ Space = dict[str, Any]
 def make(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Prepared]:
     """make(space, arch, tied, prefix, dtype) -> a prepared experiment: two experts, a task of choices, one of texts."""
 
-    def prepared(space: Space, arch: str, tied: bool, prefix: str, dtype: str = "float32") -> Prepared:
+    def prepared(
+        space: Space, arch: str, tied: bool, prefix: str, dtype: str = "float32", metrics: tuple[str, str] = PLAIN
+    ) -> Prepared:
         folder = tmp_path_factory.mktemp("gradients")
         base = tiny_model(arch, 0, tied=tied)
         files = {}
@@ -47,8 +52,8 @@ def make(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[
             rows = [{"text": f"{n} " + t * (n + 1)} for t in ("The dog sat on the mat. ", "x y z ", STORY)]
             Path(path).write_text("".join(json.dumps(r) + "\n" for r in rows))
         tasks = [
-            {"name": "choices", "splits": files, "metric": "cross_entropy", "prefix": prefix, "weight": 3.0},
-            {"name": "texts", "kind": "perplexity", "splits": texts, "metric": "loss", "window": 32},
+            {"name": "choices", "splits": files, "metric": metrics[0], "prefix": prefix, "weight": 3.0},
+            {"name": "texts", "kind": "perplexity", "splits": texts, "metric": metrics[1], "window": 32},
         ]
         axes = {"weight": WEIGHT, **space["axes"]}
         return prepare(
@@ -86,7 +91,7 @@ class Reference:
 
     @torch.inference_mode()
     def loss(self, g: Genome) -> float:
-        """0.75 of the mean cross-entropy over choices and 0.25 of the mean loss per token of texts."""
+        """0.75 of the mean of the choices' metric and 0.25 of that of the texts, as something to minimise."""
         space = self.p.spaces[0]
         rules = space.decode(g, self.p.manifest).blocks
         place = self.model.state_dict(keep_vars=True)
@@ -107,15 +112,18 @@ class Reference:
         return torch.log_softmax(logits, -1)[range(len(ids) - 1), ids[1:]]
 
     def _choices(self) -> float:
-        prefix = self.p.experiment.tasks[0].prefix  # type: ignore[attr-defined]
+        task: Any = self.p.experiment.tasks[0]
         total = 0.0
         for item in self.items["choices"]:
-            context = prefix + item.content.prompt
+            context = task.prefix + item.content.prompt
             start = len(self.tokenizer(context)["input_ids"])
             sums = [
                 self._log_p(self.tokenizer(context + c)["input_ids"])[start - 1 :].sum() for c in item.content.choices
             ]
-            total -= float(torch.log_softmax(torch.stack(sums), 0)[item.content.gold])
+            log_p = float(torch.log_softmax(torch.stack(sums), 0)[item.content.gold])
+            right = self.tokenizer(context + item.content.choices[item.content.gold])["input_ids"]
+            per_token = -float(sums[item.content.gold]) / (len(right) - start)
+            total += {"cross_entropy": -log_p, "answer_loss": per_token}.get(task.metric, -np.exp(log_p))
         return total / len(self.items["choices"])
 
     def _texts(self) -> float:
@@ -127,7 +135,9 @@ class Reference:
                 -self._log_p([self.tokenizer.bos_token_id, *ids][max(0, i + 1 - (i % 32 + 1)) :][: i % 32 + 2])[-1]
                 for i in range(len(ids))
             ]
-            total += float(torch.stack(nats).mean())
+            nats_of_text = float(torch.stack(nats).sum())
+            size = len(item.content.text.encode()) * np.log(2)
+            total += nats_of_text / (len(nats) if self.p.experiment.tasks[1].metric == "loss" else size)
         return total / len(self.items["texts"])
 
 
@@ -136,12 +146,13 @@ def derivative(p: Prepared, g: Genome, evaluator: Any = None) -> tuple[Genome, E
     space = p.spaces[0]
     assert isinstance(space, RuleSpace)
     evaluator = evaluator or p.evaluator()()
-    job = Job(0, 0, space.decode(g, p.manifest), p.items["search"], ("choices", "texts"))
+    fitness = fitness_of(p.experiment)
+    job = Job(0, 0, space.decode(g, p.manifest), p.items["search"], differentiated(fitness))
     [(e, _)] = evaluator.evaluate(WorkUnit(0, (job,)))
     assert e.status == "ok", e.reason
     assert e.gradients["choices"].shape == (len(p.manifest.blocks), 3)
     assert e.gradients["choices"].dtype == np.float32
-    return space.gradient(g, 0.75 * e.gradients["choices"] + 0.25 * e.gradients["texts"], p.manifest), e
+    return space.gradient(g, products(fitness, e.gradients), p.manifest), e
 
 
 def genome(n: int, seed: int = 5) -> Genome:
@@ -150,21 +161,25 @@ def genome(n: int, seed: int = 5) -> Genome:
 
 
 CASES: list[Any] = [
-    pytest.param(TA, "gpt_neox", False, "", id="task_arithmetic"),
-    pytest.param({**TA, "groups": "all", "experts": ["two"]}, "gpt2", True, STORY, id="one expert tied prefixed"),
-    pytest.param(LINEAR, "gpt2", True, "", id="linear tied"),
-    pytest.param(LINEAR, "gpt_neox", False, STORY, id="linear prefixed"),
-    pytest.param({**LINEAR, "params": {"normalize": False}}, "gpt2", True, "", id="linear not normalised"),
-    pytest.param(TA, "qwen3", True, STORY, id="qwen"),
-    pytest.param(LINEAR, "gemma2", True, STORY, id="gemma"),
-    pytest.param({**LINEAR, "params": {"normalize": False}}, "mamba", False, STORY, id="without branches"),
+    pytest.param(TA, "gpt_neox", False, "", PLAIN, id="task_arithmetic"),
+    pytest.param(
+        {**TA, "groups": "all", "experts": ["two"]}, "gpt2", True, STORY, ("probability", "bits_per_byte"), id="one"
+    ),
+    pytest.param(LINEAR, "gpt2", True, "", ("accuracy", "loss"), id="linear tied"),
+    pytest.param(LINEAR, "gpt_neox", False, STORY, ("answer_loss", "loss"), id="linear prefixed"),
+    pytest.param({**LINEAR, "params": {"normalize": False}}, "gpt2", True, "", PLAIN, id="linear not normalised"),
+    pytest.param(TA, "qwen3", True, STORY, PLAIN, id="qwen"),
+    pytest.param(LINEAR, "gemma2", True, STORY, PLAIN, id="gemma"),
+    pytest.param({**LINEAR, "params": {"normalize": False}}, "mamba", False, STORY, PLAIN, id="without branches"),
 ]
 
 
-@pytest.mark.parametrize(("space", "arch", "tied", "prefix"), CASES)
-def test_finite_differences(make: Any, space: Space, arch: str, tied: bool, prefix: str) -> None:
+@pytest.mark.parametrize(("space", "arch", "tied", "prefix", "metrics"), CASES)
+def test_finite_differences(
+    make: Any, space: Space, arch: str, tied: bool, prefix: str, metrics: tuple[str, str]
+) -> None:
     """By single axes and along random directions, the derivative is the slope of the loss."""
-    p = make(space, arch, tied, prefix)
+    p = make(space, arch, tied, prefix, metrics=metrics)
     n = len(p.spaces[0].axes)
     g, reference = genome(n), Reference(p)
     ours, _ = derivative(p, g)
@@ -179,7 +194,7 @@ def test_finite_differences(make: Any, space: Space, arch: str, tied: bool, pref
         assert ours @ d == pytest.approx(slope, rel=rel, abs=rel / 10 * np.linalg.norm(ours))
 
 
-def scores_of(p: Prepared, evaluator: Any, recipe: Recipe, gradients: tuple[str, ...] = ()) -> Evaluation:
+def scores_of(p: Prepared, evaluator: Any, recipe: Recipe, gradients: Differentiated = ()) -> Evaluation:
     [(e, _)] = evaluator.evaluate(WorkUnit(0, (Job(0, 0, recipe, p.items["search"], gradients),)))
     return e  # type: ignore[no-any-return]
 
@@ -206,7 +221,7 @@ def test_nothing_is_left_over(tied: Prepared, monkeypatch: pytest.MonkeyPatch) -
     before = [scores_of(tied, evaluator, r) for r in recipes]
     buffer = evaluator._builder.buffer.clone()
 
-    with_gradient = scores_of(tied, evaluator, recipes[1], ("choices", "texts"))
+    with_gradient = scores_of(tied, evaluator, recipes[1], BOTH)
     assert torch.equal(evaluator._builder.buffer, buffer)
     after = [scores_of(tied, evaluator, r) for r in recipes]
 
@@ -292,7 +307,7 @@ def test_items_make_the_mean(tied: Prepared) -> None:
     recipe = tied.spaces[0].decode(genome(len(tied.spaces[0].axes)), tied.manifest)
 
     def gradient(at: tuple[int, ...]) -> Any:
-        job = Job(0, 0, recipe, ItemSet("part", {"choices": at}), ("choices",))
+        job = Job(0, 0, recipe, ItemSet("part", {"choices": at}), BOTH[:1])
         [(e, _)] = evaluator.evaluate(WorkUnit(0, (job,)))
         assert {*e.gradients} == {"choices"}
         return e.gradients["choices"]
@@ -314,17 +329,17 @@ def test_failures_leave_a_usable_model(tied: Prepared, monkeypatch: pytest.Monke
             row.fill_(float("nan"))
 
         patch.setattr(module, "_add", ruined)
-        sick = scores_of(tied, evaluator, recipe, ("choices",))
+        sick = scores_of(tied, evaluator, recipe, BOTH[:1])
     with monkeypatch.context() as patch:
 
         def full(row: Any, vectors: Any, tensor: Any) -> None:
             raise torch.OutOfMemoryError
 
         patch.setattr(module, "_add", full)
-        short = scores_of(tied, evaluator, recipe, ("choices",))
+        short = scores_of(tied, evaluator, recipe, BOTH[:1])
 
     assert (sick.status, sick.reason) == ("failed:nan", "task 'choices': its gradient is NaN or infinite")
     assert (short.status, short.scores) == ("failed:oom", None)
     assert module._add is add
-    assert same(scores_of(tied, evaluator, recipe, ("texts",)), before)
+    assert same(scores_of(tied, evaluator, recipe, BOTH[1:]), before)
     assert not any(p.requires_grad or p.grad is not None for p in evaluator._candidate.model.parameters())

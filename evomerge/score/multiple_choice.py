@@ -139,8 +139,10 @@ class MultipleChoice:
         sums = self.choice_logprobs(candidate.model, plan, positions)
         return columns(sums, [plan.trees[i] for i in positions])
 
-    def losses(self, candidate: Scorable, plan: ChoicePlan, positions: tuple[int, ...]) -> Iterator[Tensor]:
-        """The mean of `cross_entropy`, in parts that can be differentiated (see `score.plan.Differentiable`).
+    def mean_in_parts(
+        self, candidate: Scorable, plan: ChoicePlan, positions: tuple[int, ...], metric: str
+    ) -> Iterator[Tensor]:
+        """The mean of `probability`, `cross_entropy` or `answer_loss` (see `score.plan.Differentiable`).
 
         The shared prefix is run with every item: its keys and values depend on the weights, too.
         """
@@ -152,9 +154,8 @@ class MultipleChoice:
             sums = _run(model, batch, None) if branches else _run_rows(model, batch, alone.prefix)
             if not bool(sums.isfinite().all()):
                 raise NonFinite(f"task {plan.task!r}: log-probabilities are NaN or infinite")
-            golds = [trees[place].gold for place in batch.order]
-            losses = [s.logsumexp(dim=0) - s[g] for s, g in zip(sums.split(batch.counts), golds, strict=True)]
-            yield torch.stack(losses).sum() / len(trees)
+            values = [_value(s, trees[p], metric) for s, p in zip(sums.split(batch.counts), batch.order, strict=True)]
+            yield torch.stack(values).sum() / len(trees)
 
     def choice_logprobs(self, model: Any, plan: ChoicePlan, positions: tuple[int, ...]) -> list[NDArray[np.float64]]:
         """Per item the summed log-probability of every choice, shape (n_choices,), in nats."""
@@ -253,6 +254,15 @@ def _tree(context: Sequence[int], choices: Sequence[Sequence[int]], offset: int,
         lengths=tuple(len(c) for c in item.content.choices),
         gold=item.content.gold,
     )
+
+
+def _value(sums: Tensor, tree: ChoiceTree, metric: str) -> Tensor:
+    """One item's column as a scalar tensor, from the summed log-probabilities of its choices (n_choices,)."""
+    right = sums[tree.gold]
+    if metric == "answer_loss":
+        return -right / int(np.count_nonzero(tree.owners == tree.gold))
+    log_p = right - sums.logsumexp(dim=0)
+    return log_p.exp() if metric == "probability" else -log_p
 
 
 def _with_prefix(prefix: NDArray[np.int32], tree: ChoiceTree) -> ChoiceTree:

@@ -101,14 +101,19 @@ class Perplexity:
             "loss": (nats / count).astype(np.float32),
         }
 
-    def losses(self, candidate: Scorable, plan: PerplexityPlan, positions: tuple[int, ...]) -> Iterator[Tensor]:
-        """The mean of `loss`, in parts that can be differentiated (see `score.plan.Differentiable`)."""
-        counts = [sum(len(w.targets) for w in plan.windows[i]) for i in positions]
+    def mean_in_parts(
+        self, candidate: Scorable, plan: PerplexityPlan, positions: tuple[int, ...], metric: str
+    ) -> Iterator[Tensor]:
+        """The mean of `loss` or `bits_per_byte` (see `score.plan.Differentiable`)."""
+        if metric == "loss":
+            units = [float(sum(len(w.targets) for w in plan.windows[i])) for i in positions]
+        else:
+            units = [plan.lengths[i] * math.log(2) for i in positions]
         for group in _batches(plan, positions):
             nats, owners = _token_nats(candidate.model, [w for _, w in group])
             if not bool(nats.isfinite().all()):
                 raise NonFinite(f"task {plan.task!r}: log-probabilities are NaN or infinite")
-            shares = np.array([1.0 / counts[place] / len(positions) for place, _ in group])[owners]
+            shares = np.array([1.0 / units[place] / len(positions) for place, _ in group])[owners]
             yield nats @ torch.from_numpy(shares).to(nats.device, nats.dtype)
 
     def nats(self, model: Any, plan: PerplexityPlan, positions: tuple[int, ...]) -> NDArray[np.float64]:

@@ -104,10 +104,10 @@ class Scorer(Protocol):
 
 @runtime_checkable
 class Differentiable(Protocol):
-    """A scorer whose kind has a cross-entropy that can be differentiated (`TaskSpec.differentiable` names it)."""
+    """A scorer whose kind has metrics that can be differentiated (`TaskSpec.smooth` names them)."""
 
-    def losses(self, candidate: Scorable, plan: Any, positions: tuple[int, ...]) -> Iterator[Any]:
-        """Scalar tensors, one a batch, whose sum is the mean cross-entropy over the items.
+    def mean_in_parts(self, candidate: Scorable, plan: Any, positions: tuple[int, ...], metric: str) -> Iterator[Any]:
+        """Scalar tensors, one a batch, whose sum is the mean of a metric over the items.
 
         The caller takes a batch's derivative before it asks for the next one, so that activations of one batch are
         in memory at a time. Raises NonFinite on NaN logits.

@@ -49,5 +49,5 @@ class FakeEvaluator:
             task: {m: rng.random(len(at)).astype(np.float32) for m in self.metrics}
             for task, at in job.items.tasks.items()
         }
-        gradients = {t: rng.standard_normal(self.gradient_shape).astype(np.float32) for t in job.gradients}
+        gradients = {t: rng.standard_normal(self.gradient_shape).astype(np.float32) for t, _ in job.gradients}
         return Evaluation("ok", scores, gradients=gradients if job.gradients else None), Telemetry()
