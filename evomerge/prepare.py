@@ -19,7 +19,7 @@ from evomerge.fitness import FitnessSpec
 from evomerge.items import POLICIES, make_policy
 from evomerge.layer_swap import LayerSwapSpace
 from evomerge.manifest import Manifest
-from evomerge.proposal import ItemSet
+from evomerge.proposal import GRADIENT_PRICE, ItemSet
 from evomerge.recipe import Match, Recipe, Rule
 from evomerge.schema import validated
 from evomerge.score.plan import Plan, PlanShape, Target, item_sets
@@ -333,7 +333,7 @@ def check_algorithms(experiment: Experiment) -> None:
 
 
 def check_gradients(experiment: Experiment, spaces: Sequence[SearchSpace]) -> list[str]:
-    """A note where a stage's gradient is of something else than its objective.
+    """Notes for stages that follow gradients: what one costs, and where it is of something else than the objective.
 
     Raises UserError where a stage needs gradients that its space does not have.
     """
@@ -347,7 +347,13 @@ def check_gradients(experiment: Experiment, spaces: Sequence[SearchSpace]) -> li
         why = "layer swapping has no derivative" if not isinstance(space, RuleSpace) else space.why_no_gradient()
         if why is not None:
             raise UserError(f"search: {_stage(n, experiment.stages)}{name} needs gradients, but {why}")
-        if follows and (fitness.floor or fitness.constraints or fitness.goals[0].kind != "weighted_mean"):
+        if not follows:
+            continue
+        notes.append(
+            f"{_stage(n, experiment.stages)}a candidate of {name} counts as {1 + GRADIENT_PRICE} item evaluations for "
+            "each of its items: the score, a forward and a backward pass"
+        )
+        if fitness.floor or fitness.constraints or fitness.goals[0].kind != "weighted_mean":
             notes.append(
                 f"{_stage(n, experiment.stages)}{name} follows the weighted mean of the tasks' metrics; floor, "
                 "constraints and kind of the objective count where candidates are ranked"
@@ -372,10 +378,10 @@ def check_items(search: Search, algorithm: str, needs: Needs) -> None:
     policy = search.items if isinstance(search.items, str) else search.items.policy
     if policy not in POLICIES[needs.scope]:
         able = [a for a in ALGORITHMS if policy in POLICIES[needs_of(a).scope]]
-        raise UserError(
-            f"search.items: {algorithm} compares candidates across generations, which {policy} items do not allow; "
-            f"use items: full, or {' or '.join(able)}"
-        )
+        why = f"compares candidates across generations, which {policy} items do not allow"
+        if needs.scope == "none":
+            why = f"compares no candidates, which {policy} items go by"
+        raise UserError(f"search.items: {algorithm} {why}; use items: full, or {' or '.join(able)}")
     if policy != "full" and search.lag is not None:
         raise UserError(f"search.lag: {policy} items are common to a generation, steady state has none; drop one")
 
