@@ -41,8 +41,8 @@ def inner_products(model: Any, bank: Bank) -> Iterator[Tensor]:
         infos = {t.name: t for t in manifest.tensors}
         for name, tensor in model.state_dict(keep_vars=True).items():
             info = infos.get(name)
-            if info is None or not tensor.is_floating_point() or any(tensor is t for t in wanted):
-                continue  # the second name of a tied parameter, whose gradient has both parts
+            if info is None or not tensor.is_floating_point():
+                continue  # not merged, or the second name of a tied parameter, whose gradient has both parts
             vectors = [bank.flat[n][info.offset : info.offset + info.size] for n in names]
             tensor.requires_grad_(True)
             wanted.append(tensor)
@@ -74,7 +74,7 @@ def _add(row: Tensor, vectors: list[Tensor], tensor: Tensor) -> None:
 def activation_bytes(manifest: Manifest, tokens: int, itemsize: int) -> int:
     """What a forward pass keeps for the backward one, roughly: inputs and outputs of every matrix of the layers."""
     tensors = [t for b in manifest.blocks.values() if b.layer is not None for t in b.tensors]
-    return tokens * itemsize * sum(sum(t.shape) for t in tensors if len(t.shape) == 2)
+    return tokens * itemsize * sum(sum(t.shape[-2:]) for t in tensors if len(t.shape) > 1)
 
 
 @contextmanager

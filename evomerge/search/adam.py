@@ -29,7 +29,7 @@ EPSILON = 1e-8
 class Options:
     """Settings of the experiment file. Lengths are in units of the unit cube."""
 
-    learning_rate: float = 0.02
+    learning_rate: float = 0.05
     """alpha: about how far every gene moves in a step."""
     beta1: float = 0.9
     """Decay of the mean of gradients."""

@@ -41,9 +41,8 @@ def stages(first: float, **settings: Any) -> dict[str, Any]:
 
 ARMS: dict[str, tuple[Any, dict[str, Any], Any]] = {
     "adam": ("per-layer", {"algorithm": "adam"}, SAMPLE),
-    "adam, then cma-es": (stages(0.5), {}, SAMPLE),
-    "adam, then cma-es with scales": (stages(0.5, scales="gradients"), {}, SAMPLE),
-    "cma-es, sample": ("per-layer", CMA, SAMPLE),
+    "adam, then cma-es": (stages(0.6), {}, SAMPLE),
+    "adam, then cma-es with scales": (stages(0.6, scales="gradients"), {}, SAMPLE),
     "cma-es, adaptive": ("per-layer", CMA, {"policy": "adaptive"}),
 }
 """Name -> space, settings of the search, policy of items."""
