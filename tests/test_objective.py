@@ -9,7 +9,7 @@ import pytest
 
 from evomerge.errors import UserError
 from evomerge.fitness import FitnessSpec
-from evomerge.objective import Objective, column_mean
+from evomerge.objective import Objective, column_mean, differentiated, products
 from evomerge.schema import validated
 
 
@@ -221,3 +221,28 @@ def test_bad_constraints(limit: dict[str, Any], words: str) -> None:
     """Each complaint is one line."""
     with pytest.raises(UserError, match=words):
         fitness({}, constraints=[limit])
+
+
+# -- gradients --------------------------------------------------------------------------------------------------
+
+
+def test_products_are_the_weighted_mean_with_its_sign() -> None:
+    """Higher-is-better metrics count negatively, and only tasks of the objective count."""
+    spec = fitness(
+        {"metric": "probability", "weight": 3.0},
+        {"metric": "cross_entropy"},
+        {"metric": "accuracy"},
+        objectives=[{"name": "some", "tasks": ["t0", "t1"]}],
+    )
+    a, b = np.ones((2, 3), np.float32), np.full((2, 3), 10.0, np.float32)
+
+    assert differentiated(spec) == (("t0", "probability"), ("t1", "cross_entropy"))
+    assert np.allclose(products(spec, {"t0": a, "t1": b}), -0.75 + 2.5)
+
+
+def test_counts_are_differentiated_as_what_they_round() -> None:
+    """For accuracy it is the probability of the right choice; an objective's own metric goes before the tasks'."""
+    assert differentiated(fitness({"metric": "accuracy"})) == (("t0", "probability"),)
+    spec = fitness({"metric": "accuracy"}, objectives=[{"name": "x", "metric": "answer_loss"}])
+    assert differentiated(spec) == (("t0", "answer_loss"),)
+    assert np.allclose(products(spec, {"t0": np.ones((1, 2), np.float32)}), 1.0)
