@@ -9,6 +9,7 @@ the right choice.
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -23,8 +24,8 @@ from evomerge.yamlio import load_yaml
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-BUDGET = 24_000
-"""Item evaluations of the search, the probes' 3,948 included."""
+BUDGETS = (24_000, 48_000)
+"""Item evaluations of the search, the probes' 3,948 included; a run of one stage is extended from one to the next."""
 SAMPLE = {"policy": "sample", "count": 192}
 CMA: dict[str, Any] = {"population": 12, "sigma": 0.1}
 
@@ -46,9 +47,10 @@ ARMS: dict[str, tuple[Any, dict[str, Any], Any]] = {
     "cma-es, adaptive": ("per-layer", CMA, {"policy": "adaptive"}),
 }
 """Name -> space, settings of the search, policy of items."""
+EXTENDED = ("adam", "cma-es, adaptive")
 
 
-def experiment(arm: str, seed: int) -> Any:
+def experiment(arm: str, seed: int, budget: int) -> Any:
     """One search over the quickstart's models."""
     fitness: Any = load_yaml(ROOT / "fitness" / "skills.yaml")
     del fitness["floor"]
@@ -66,13 +68,13 @@ def experiment(arm: str, seed: int) -> Any:
             },
             "search_space": space,
             "fitness": fitness,
-            "search": {**settings, "seed": seed, "items": items, "budget": {"item_evaluations": BUDGET}},
+            "search": {**settings, "seed": seed, "items": items, "budget": {"item_evaluations": budget}},
             "workers": {"backend": "inline", "device": "cpu", "threads": 1},
         }
     )
 
 
-def row(h: History, arm: str, seed: int) -> dict[str, Any]:
+def row(h: History, arm: str, seed: int, budget: int) -> dict[str, Any]:
     """What a finished run says of its winner, and what it took."""
     assert h.winner_id is not None
     winner = h.entry(h.winner_id)
@@ -80,6 +82,7 @@ def row(h: History, arm: str, seed: int) -> dict[str, Any]:
     return {
         "arm": arm,
         "seed": seed,
+        "budget": budget,
         "evaluated": sum(h.evaluated.values()),
         "search_evaluated": h.evaluated["search"],
         "candidates": sum(e.role == "search" for e in h.entries.values()),
@@ -102,28 +105,39 @@ def main(seeds: list[int]) -> None:
     """Run what is missing; the files are whole after every run."""
     file = HERE / "results.json"
     rows: list[dict[str, Any]] = json.loads(file.read_text()) if file.exists() else []
-    for seed in seeds:
-        for arm in ARMS:
-            if any((r["arm"], r["seed"]) == (arm, seed) for r in rows):
-                continue
-            folder = "-".join(arm.replace(",", "").split())
-            rows.append(row(run(experiment(arm, seed), Path("runs") / "gradients" / f"{folder}-{seed}"), arm, seed))
-            file.write_text("[\n" + ",\n".join(json.dumps(r) for r in rows) + "\n]\n", encoding="utf-8")
-            (HERE / "table.md").write_text(table(rows), encoding="utf-8")
-            print(seed, arm, rows[-1]["evaluated"], f"{rows[-1]['probability']:.4f}", flush=True)
+    for budget in BUDGETS:
+        for seed in seeds:
+            for arm in ARMS if budget == BUDGETS[0] else EXTENDED:
+                if any((r["arm"], r["seed"], r["budget"]) == (arm, seed, budget) for r in rows):
+                    continue
+                out = Path("runs") / "gradients" / f"{'-'.join(arm.replace(',', '').split())}-{seed}"
+                rows.append(row(run(experiment(arm, seed, budget), out), arm, seed, budget))
+                file.write_text("[\n" + ",\n".join(json.dumps(r) for r in rows) + "\n]\n", encoding="utf-8")
+                (HERE / "table.md").write_text(table(rows), encoding="utf-8")
+                print(budget, seed, arm, rows[-1]["evaluated"], f"{rows[-1]['probability']:.4f}", flush=True)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Held-out quality by arm: mean over seeds, and each seed's."""
-    header = ["search", "evaluated in all", "candidates", "held-out probability", "seeds", "held-out accuracy", "seeds"]
+    """Held-out quality by arm and budget: mean over seeds, and each seed's."""
+    header = [
+        "search",
+        "budget",
+        "evaluated in all",
+        "candidates",
+        "held-out probability",
+        "seeds",
+        "held-out accuracy",
+        "seeds",
+    ]
     header += ["search minus report"]
     lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
-    for arm in ARMS:
-        own = sorted((r for r in rows if r["arm"] == arm), key=lambda r: r["seed"])
+    for budget, arm in itertools.product(BUDGETS, ARMS):
+        own = sorted((r for r in rows if (r["arm"], r["budget"]) == (arm, budget)), key=lambda r: r["seed"])
         if not own:
             continue
         cells = [
             arm,
+            f"{budget:,}",
             f"{mean(r['evaluated'] for r in own):,.0f}",
             f"{mean(r['candidates'] for r in own):,.0f}",
             *_over_seeds([r["probability"] for r in own]),
