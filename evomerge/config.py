@@ -247,12 +247,7 @@ class Experiment(_Part):
 
 
 def _plain_algorithm(name: str, options: Any) -> list[Any]:
-    return [name, {k: v for k, v in vars(options).items() if LATER_SETTINGS.get(k, ...) != v}]
-
-
-LATER_SETTINGS: Mapping[str, Any] = {"scales": "equal"}
-"""Settings of algorithms that came after journals of format 1, with the defaults at which they are no part of the
-identity."""
+    return [name, dict(vars(options))]
 
 
 LATER_KEYS = frozenset(

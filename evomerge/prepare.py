@@ -295,20 +295,14 @@ def check_algorithms(experiment: Experiment) -> None:
     `auto` picks one that can.
     """
     goals = [g.name for g in fitness_of(experiment).goals]
-    for n, stage in enumerate(experiment.stages):
+    for stage in experiment.stages:
         if experiment.is_auto(stage):
             continue
-        name, options = experiment.algorithm_of(stage)
+        name, _ = experiment.algorithm_of(stage)
         needs = needs_of(name)
         if experiment.search.lag is not None and not needs.steady:
             raise UserError(f"search.lag: {name} learns from whole generations and has no steady state; drop lag")
         check_items(experiment.search, name, needs)
-        seen = [experiment.algorithm_of(s)[0] for s in experiment.stages[:n] if not experiment.is_auto(s)]
-        if getattr(options, "scales", "equal") == "gradients" and not any(needs_of(a).gradients for a in seen):
-            raise UserError(
-                f"search: {name} with scales: gradients takes them from an earlier stage; put a stage of adam before "
-                "it, or drop scales"
-            )
         able = [a for a in ALGORITHMS if needs_of(a).objectives in ("any", "one" if len(goals) == 1 else "several")]
         if needs.objectives == "one" and len(goals) > 1:
             raise UserError(
@@ -340,15 +334,12 @@ def check_gradients(experiment: Experiment, spaces: Sequence[SearchSpace]) -> li
     notes = []
     fitness = fitness_of(experiment)
     for n, (stage, space) in enumerate(zip(experiment.stages, spaces, strict=True)):
-        name, options = experiment.algorithm_of(stage)
-        follows = needs_of(name).gradients
-        if not follows and getattr(options, "scales", "equal") == "equal":
+        name, _ = experiment.algorithm_of(stage)
+        if not needs_of(name).gradients:
             continue
         why = "layer swapping has no derivative" if not isinstance(space, RuleSpace) else space.why_no_gradient()
         if why is not None:
             raise UserError(f"search: {_stage(n, experiment.stages)}{name} needs gradients, but {why}")
-        if not follows:
-            continue
         notes.append(
             f"{_stage(n, experiment.stages)}a candidate of {name} counts as {1 + GRADIENT_PRICE} item evaluations for "
             "each of its items: the score, a forward and a backward pass"

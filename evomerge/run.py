@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from evomerge.budget import Allowance
 from evomerge.canonical import encode_array
@@ -24,7 +23,7 @@ from evomerge.errors import RunError, UserError
 from evomerge.history import History
 from evomerge.items import behind, make_policy
 from evomerge.journal import Journal
-from evomerge.objective import differentiated
+from evomerge.objective import differentiated, products
 from evomerge.pareto import compromise, fronts, order
 from evomerge.prepare import (
     Prepared,
@@ -36,7 +35,7 @@ from evomerge.prepare import (
     prepare,
 )
 from evomerge.progress import Progress, Silent
-from evomerge.proposal import GRADIENT_PRICE, Evaluation, Genome, Proposal, Result
+from evomerge.proposal import GRADIENT_PRICE, Evaluation, Genome, ItemSet, Proposal, Result
 from evomerge.rundir import JOURNAL, Before, RunDirectory, before
 from evomerge.schema import validated
 from evomerge.score.plan import PlanShape
@@ -158,7 +157,6 @@ class StageRun:
             columns=s.prepared.columns() if needs.per_item_scores else (),
             geometry=s.prepared.geometry() if needs.geometry else None,
             lag=experiment.search.lag,
-            gradients=gradients_seen(s, n),
         )
         self.gradients = differentiated(fitness) if needs.gradients else ()
         self.optimizer = make_optimizer(algorithm, space.axes, begin, rng, s.ids, options)
@@ -197,7 +195,7 @@ class StageRun:
                 fresh = not s.journal.replaying
                 evaluation = s.commit(candidate, items, gradients=self.gradients)
                 members.append(candidate)
-                results[candidate.id] = self._told(candidate, s.keep(candidate, evaluation, items))
+                results[candidate.id] = self._told(candidate, evaluation, items)
                 recent.append(evaluation if fresh else Evaluation("ok"))
             results = self._on_more_items(members, results)
             for candidate in members:
@@ -223,7 +221,7 @@ class StageRun:
             for c in climbing:
                 s.submit([c], wanted[c.id], rung=rung)
             scored = [(c, s.commit(c, wanted[c.id], rung=rung)) for c in climbing]
-            results = {c.id: self._told(c, s.keep(c, e, wanted[c.id])) for c, e in scored}
+            results = {c.id: self._told(c, e, wanted[c.id]) for c, e in scored}
         for rest in reversed(stopped):
             moved = behind({i: r.losses for i, r in rest.items()}, [r.losses for r in results.values()])
             results |= {i: replace(r, losses=moved[i]) for i, r in rest.items()}
@@ -244,11 +242,16 @@ class StageRun:
         best = order(np.array([latest[i].losses for i in able]))[: s.prepared.experiment.search.finalists]
         return [s.candidates[i] for i in sorted(able[b] for b in best) if not s.candidates[i].whole]
 
-    def _told(self, c: Candidate, r: Result) -> Result:
-        """What the algorithm is told: the derivative by the genome where it was asked for; where it does not know
-        constraints, a loss above all that keep them."""
-        if c.id in self.s.products:
-            r = replace(r, gradient=gradient_at(self.s, self.n, c, c.proposal.genome))
+    def _told(self, c: Candidate, e: Evaluation, items: ItemSet) -> Result:
+        """What the algorithm is told of a candidate, which is kept: the derivative by the genome where it was asked
+        for; where it does not know constraints, a loss above all that keep them."""
+        prepared, r = self.s.prepared, self.s.keep(c, e, items)
+        if e.gradients is not None:
+            space, genome = prepared.spaces[self.n], c.proposal.genome
+            assert isinstance(space, RuleSpace)
+            assert genome is not None
+            by_block = products(fitness_of(prepared.experiment), e.gradients)
+            r = replace(r, gradient=space.gradient(genome, by_block, prepared.manifest))
         if r.violation == 0.0 or self.optimizer.needs.constraints:
             return r
         return replace(r, losses=np.full_like(r.losses, VIOLATED + r.violation))
@@ -302,26 +305,6 @@ def best_start(s: Session, n: int) -> Genome:
         except ValueError:  # another method, such as a baseline's
             continue
     return s.prepared.spaces[n].default
-
-
-def gradient_at(s: Session, n: int, c: Candidate, g: Genome | None) -> Genome:
-    """The derivative of a candidate's loss by the axes of stage n, where it lies at `g`, shape (n_axes,)."""
-    space = s.prepared.spaces[n]
-    assert isinstance(space, RuleSpace)
-    assert g is not None
-    return space.gradient(g, s.products[c.id], s.prepared.manifest)
-
-
-def gradients_seen(s: Session, n: int) -> NDArray[np.float64] | None:
-    """The derivatives that earlier stages saw, in the axes of stage n, shape (n_seen, n_axes); None without any."""
-    space, manifest = s.prepared.spaces[n], s.prepared.manifest
-    if not isinstance(space, RuleSpace) or space.why_no_gradient() is not None:
-        return None
-    out = []
-    for i in s.products:
-        with suppress(ValueError):  # a point that this space does not have
-            out.append(gradient_at(s, n, s.candidates[i], space.encode(s.candidates[i].recipe, manifest)))
-    return np.array(out) if out else None
 
 
 def choose_winner(s: Session) -> list[Candidate]:

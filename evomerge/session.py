@@ -7,14 +7,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from evomerge.canonical import decode_array, encode_array
 from evomerge.commit import Committer
 from evomerge.errors import UserError
 from evomerge.items import taken
 from evomerge.journal import Journal
-from evomerge.objective import Objective, products
+from evomerge.objective import Objective
 from evomerge.pareto import Losses, order
 from evomerge.prepare import Prepared, fitness_of
 from evomerge.progress import Progress
@@ -60,8 +59,6 @@ class Session:
     """The baselines' scores on the search split."""
     spent: int = 0
     """Item evaluations of the search so far, without baselines, given recipes and what is scored again in full."""
-    products: dict[int, NDArray[np.float64]] = field(default_factory=dict)
-    """Candidate -> <dL/dW_b, c_k> of its loss (see `objective.products`), where its gradient is known."""
 
     def __post_init__(self) -> None:
         self.whole = self.prepared.items["search"]
@@ -142,8 +139,6 @@ class Session:
         whole = items.id == self.whole.id
         self.candidates[c.id] = replace(c, losses=losses, violation=violation, whole=whole)
         self.progress.kept(c.id, c.role, losses, e, whole=whole)
-        if e.gradients is not None:
-            self.products[c.id] = products(fitness_of(self.prepared.experiment), e.gradients)
         return Result(losses, e.status, e.scores or {}, violation)
 
     def objective_on(self, items: ItemSet) -> Objective:

@@ -426,9 +426,3 @@ def test_identity_has_models_items_and_type() -> None:
     ids = {identity(), identity(hashes={**HASHES, "math": "d"}), identity(plans={"facts": "p2"}), identity(dtype="b")}
 
     assert len(ids) == 4
-
-
-def test_later_settings_keep_the_identity_of_runs_before_them() -> None:
-    """Settings that came later are no part of it at their defaults, and one where they say something else."""
-    assert identity({"search.scales": "equal"}) == identity()
-    assert identity({"search.scales": "gradients"}) != identity()

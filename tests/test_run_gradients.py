@@ -35,7 +35,7 @@ STAGED: dict[str, Any] = {
     "search_space": {
         "stages": [
             {"space": SPACE, "share": 0.4, "algorithm": "adam", "settings": {"learning_rate": 0.05}},
-            {"space": FINE, "share": 0.6, "algorithm": "cma-es", "settings": {"population": 4, "scales": "gradients"}},
+            {"space": FINE, "share": 0.6, "algorithm": "cma-es", "settings": {"population": 4}},
         ]
     },
     "search.items": {"policy": "sample", "count": 8},
@@ -195,10 +195,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"search.lag": 2, "search.items": None}, "adam learns from whole generations and has no steady state"),
     ({"search.learning_rate": 0}, "learning_rate: `0 < learning_rate <= 1` must hold, but got 0"),
     ({"search.beta1": 1.0}, "beta1: `0 <= beta1 < 1` must hold, but got 1.0"),
-    (
-        {"search.algorithm": "cma-es", "search.scales": "gradients"},
-        "cma-es with scales: gradients takes them from an earlier stage; put a stage of adam before it",
-    ),
 ]
 
 

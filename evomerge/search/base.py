@@ -108,8 +108,6 @@ class Start:
     """For algorithms that need it."""
     lag: int | None = None
     """How many proposals may be out at once; None where all are told before more are asked."""
-    gradients: NDArray[np.float64] | None = None
-    """Derivatives of the loss that earlier stages saw, in the axes of this one, shape (n_seen, n_axes)."""
 
 
 Ids = Iterator[int]

@@ -9,8 +9,6 @@ What is ours and why:
 - bounds are pycma's smooth BoundTransform of the unit cube, so genomes never pile up on the boundary;
 - integer and categorical axes are cut into equal levels; a lower bound on their standard deviation keeps the
   distribution from freezing inside one level. pycma's own `integer_variables` uses the global generator;
-- gradients that an earlier stage was told may set the genes' initial standard deviations: short where the loss is
-  steep;
 - failed candidates are +inf, which ranks them last; a generation without a finite loss teaches nothing and is
   not told to pycma (it would move the mean at random).
 """
@@ -21,10 +19,9 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from evomerge.proposal import Proposal, Result, frozen_genome
 from evomerge.search.base import Ids, Needs, Start
@@ -32,9 +29,6 @@ from evomerge.space import Axis
 
 FULL_COVARIANCE_AXES = 200
 """Above this many axes the covariance is diagonal: the full update costs n^3 and learns too slowly."""
-
-MOST_SCALE = 3.0
-"""By how much a gradient may stretch or shrink a gene's initial standard deviation."""
 
 LAST_BITS = 1e-6
 """Largest difference per gene that counts as the same genome on another host (as in the journal)."""
@@ -55,8 +49,6 @@ class Options:
     """Candidates per generation; default `default_population`."""
     restarts: int = 9
     """How often to restart with a doubled population once pycma has converged."""
-    scales: Literal["equal", "gradients"] = "equal"
-    """Initial standard deviations of the genes: the same, or shorter where an earlier stage's gradients are long."""
 
     def __post_init__(self) -> None:
         if not 0 < self.sigma <= 1:
@@ -96,9 +88,6 @@ class CmaEs:
         self._losses: dict[int, float] = {}
         self._best: tuple[float, Proposal] | None = None
         self._stopped: dict[str, float] = {}
-        self._stds: NDArray[np.float64] | None = None
-        if self._options.scales == "gradients" and start.gradients is not None:
-            self._stds = scales(start.gradients)
         self._es = self._new(start.genome)
 
     # One axis is doubled inside: pycma refuses one-dimensional problems.
@@ -124,8 +113,6 @@ class CmaEs:
             "verbose": -9,
             "verb_log": 0,
         }
-        if self._stds is not None:
-            options["CMA_stds"] = np.repeat(self._stds, 2) if self._doubled else self._stds
         return cma.CMAEvolutionStrategy(x, self._options.sigma, options)
 
     def _genome(self, x: Any) -> np.ndarray[Any, Any]:
@@ -196,14 +183,6 @@ class CmaEs:
             return []
         mean = self._es.gp.pheno(self._es.mean, into_bounds=self._es.boundary_handler.repair)
         return [Proposal(next(self._ids), self._group, genome=frozen_genome(self._genome(mean)))]
-
-
-def scales(gradients: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Relative standard deviations (n_axes,) from gradients (n_seen, n_axes): 1 / root mean square, of mean log 0."""
-    squares = np.mean(gradients**2, axis=0)
-    logs = -0.5 * np.log(squares + 1e-12 * squares.max() + np.finfo(np.float64).tiny)
-    logs -= logs.mean()
-    return np.exp(np.clip(logs, -math.log(MOST_SCALE), math.log(MOST_SCALE)))  # type: ignore[no-any-return]
 
 
 def _number(value: Any) -> float:

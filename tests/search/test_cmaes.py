@@ -13,7 +13,7 @@ import pytest
 
 from evomerge.proposal import Proposal, Result, frozen_genome
 from evomerge.search.base import Start
-from evomerge.search.cmaes import FULL_COVARIANCE_AXES, CmaEs, Options, import_cma, scales
+from evomerge.search.cmaes import FULL_COVARIANCE_AXES, CmaEs, Options, import_cma
 from evomerge.space import Axis
 
 Loss = Callable[[np.ndarray[Any, Any]], float]
@@ -304,38 +304,3 @@ def test_accepted_drift_is_told_as_recorded() -> None:
             opt.tell(Proposal(p.id, p.group, genome=moved), Result(np.array([sphere(p.genome)])))
 
     assert np.abs(drifted._es.mean - exact._es.mean - 1e-3).max() < 2e-4
-
-
-# -- scales from gradients --------------------------------------------------------------------------------------
-
-
-def test_scales_are_short_where_the_loss_is_steep() -> None:
-    """1 / root mean square, of mean log 0, within a factor of 3; a gene without any slope is at that limit."""
-    gradients = np.array([[1.0, 2.0, 0.5, 1e-9], [-1.0, 2.0, -0.5, 0.0]])
-    some = scales(gradients[:, :3])
-
-    assert np.allclose(some[0] / some, [1.0, 2.0, 0.5])
-    assert np.log(some).mean() == pytest.approx(0.0)
-    assert scales(gradients)[3] == pytest.approx(3.0)
-    assert (scales(gradients) >= 1 / 3 - 1e-12).all()
-    assert np.allclose(scales(np.zeros((2, 3))), 1.0)
-
-
-@pytest.mark.parametrize("n", [1, 4])
-def test_scales_set_the_first_generation(n: int) -> None:
-    """With `scales: gradients` the first sample spreads as the gradients say; without, or without any, as before."""
-    gradients = np.tile([8.0, 1.0, 1.0, 1.0][:n], (3, 1))
-    axes = tuple(Axis(f"x{i}") for i in range(n))
-
-    def first(options: Options, seen: Any) -> np.ndarray[Any, Any]:
-        rng = np.random.Generator(np.random.PCG64(1))
-        start = Start(frozen_genome([0.5] * n), gradients=seen)
-        opt = CmaEs(axes, start, rng, itertools.count(), options)
-        return np.array([p.genome for p in opt.ask(10**6)])
-
-    small = Options(0.01, 200)
-    plain, scaled = first(small, gradients), first(Options(0.01, 200, scales="gradients"), gradients)
-    assert np.array_equal(plain, first(small, None))
-    assert np.array_equal(plain, first(Options(0.01, 200, scales="gradients"), None))
-    ratio = scaled.std(axis=0) / plain.std(axis=0)
-    assert np.allclose(ratio, scales(gradients), rtol=0.05)
