@@ -30,20 +30,17 @@ SAMPLE = {"policy": "sample", "count": 192}
 CMA: dict[str, Any] = {"population": 12, "sigma": 0.1}
 
 
-def stages(first: float, **settings: Any) -> dict[str, Any]:
-    """Adam for a share of the budget, CMA-ES for the rest."""
-    return {
-        "stages": [
-            {"space": "per-layer", "share": first, "algorithm": "adam"},
-            {"space": "per-layer", "share": 1 - first, "algorithm": "cma-es", "settings": {**CMA, **settings}},
-        ]
-    }
+THEN: dict[str, Any] = {
+    "stages": [
+        {"space": "per-layer", "share": 0.6, "algorithm": "adam"},
+        {"space": "per-layer", "share": 0.4, "algorithm": "cma-es", "settings": CMA},
+    ]
+}
 
 
 ARMS: dict[str, tuple[Any, dict[str, Any], Any]] = {
     "adam": ("per-layer", {"algorithm": "adam"}, SAMPLE),
-    "adam, then cma-es": (stages(0.6), {}, SAMPLE),
-    "adam, then cma-es with scales": (stages(0.6, scales="gradients"), {}, SAMPLE),
+    "adam, then cma-es": (THEN, {}, SAMPLE),
     "cma-es, adaptive": ("per-layer", CMA, {"policy": "adaptive"}),
 }
 """Name -> space, settings of the search, policy of items."""
