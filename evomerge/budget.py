@@ -21,7 +21,8 @@ class Allowance:
     shares: tuple[float, ...]
     items_per_candidate: int
     sampled: bool = False
-    """Whether items are sampled: then a candidate's price changes, and item evaluations are counted as they are."""
+    """Whether items are sampled, or gradients asked for: then a candidate's price changes, and item evaluations are
+    counted as they are."""
 
     @classmethod
     def of(

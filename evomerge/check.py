@@ -59,7 +59,7 @@ def check(experiment: Experiment, allow: Allowed = NOTHING) -> Check:
     total = allowance.total
     seconds = None
     sampled = []
-    if allowance.sampled:
+    if experiment.search.items != "full":
         sampled.append(
             f"items are sampled: a candidate takes about {allowance.items_per_candidate} of the "
             f"{items['search'].count} at first; the work above is for all of them"

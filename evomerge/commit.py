@@ -9,15 +9,26 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from evomerge.errors import RunError, UserError
-from evomerge.journal import Event, Journal, Lines, read_sealed, scores_from_json, scores_to_json, seal, whole
-from evomerge.proposal import Evaluation, ItemSet, Job, Scores, WorkUnit
+from evomerge.journal import (
+    Event,
+    Journal,
+    Lines,
+    gradients_from_json,
+    gradients_to_json,
+    read_sealed,
+    scores_from_json,
+    scores_to_json,
+    seal,
+    whole,
+)
+from evomerge.proposal import GRADIENT_PRICE, Differentiated, Evaluation, ItemSet, Job, Scores, WorkUnit
 from evomerge.recipe import Recipe
 from evomerge.rundir import FINISHED, RunDirectory
 from evomerge.workers import Executor
@@ -33,20 +44,27 @@ class Interrupted(Exception):
 class ScoreCache:
     """Results by (recipe, item): what was evaluated once is never evaluated again, also across resumes."""
 
-    _known: dict[str, list[tuple[ItemSet, Evaluation]]] = field(default_factory=dict)
+    _known: dict[str, list[tuple[ItemSet, Evaluation, bool]]] = field(default_factory=dict)
+    """With whether the gradients were asked for."""
 
-    def add(self, recipe_id: str, items: ItemSet, e: Evaluation) -> None:
+    def add(self, recipe_id: str, items: ItemSet, e: Evaluation, *, gradients: bool = False) -> None:
         """Remember one evaluation, a failed one too."""
-        if self.get(recipe_id, items) is None:
-            self._known.setdefault(recipe_id, []).append((items, e))
+        if self.get(recipe_id, items, gradients=gradients) is None:
+            self._known.setdefault(recipe_id, []).append((items, e, gradients))
 
-    def get(self, recipe_id: str, items: ItemSet) -> Evaluation | None:
-        """The result on `items`, put together from earlier evaluations where need be; None where an item is missing."""
+    def get(self, recipe_id: str, items: ItemSet, *, gradients: bool = False) -> Evaluation | None:
+        """The result on `items`, put together from earlier evaluations where need be; None where an item is missing.
+
+        With `gradients` only one that was asked for on just these items. A failure answers for its own kind of
+        question: where the gradient failed, there may be scores.
+        """
         known = self._known.get(recipe_id, [])
-        for there, e in known:
-            if there.id == items.id:
-                return e
-        scored = [(there, e.scores) for there, e in known if e.scores is not None]
+        for there, e, asked in known:
+            if there.id == items.id and (asked == gradients or (asked and e.ok)):
+                return e if gradients else replace(e, gradients=None)
+        if gradients:
+            return None
+        scored = [(there, e.scores) for there, e, _ in known if e.scores is not None]
         if not scored:
             return None
         out: dict[str, dict[str, NDArray[np.float32]]] = {}
@@ -63,7 +81,7 @@ class ScoreCache:
     def missing(self, recipe_id: str, items: ItemSet) -> ItemSet:
         """The part of `items` that has no scores yet: `items` itself where nothing is known."""
         known: dict[str, set[int]] = {}
-        for there, e in self._known.get(recipe_id, []):
+        for there, e, _ in self._known.get(recipe_id, []):
             for task, at in there.tasks.items() if e.scores is not None else ():
                 known.setdefault(task, set()).update(at)
         left = {t: tuple(p for p in at if p not in known.get(t, ())) for t, at in items.tasks.items()}
@@ -81,12 +99,15 @@ class Committer:
         rundir: RunDirectory,
         interrupted: Callable[[], bool],
         metrics: Mapping[str, Collection[str]] | None = None,
+        gradient_shape: tuple[int, int] = (0, 0),
     ) -> None:
         """`interrupted` is looked at while results are awaited, never in the middle of a commit.
 
-        `metrics` are those that each task's results must have to be taken from a file.
+        `metrics` are those that each task's results must have to be taken from a file, `gradient_shape` is
+        (n_blocks, 1 + n_experts).
         """
         self._metrics = metrics or {}
+        self._gradient_shape = gradient_shape
         self._journal = journal
         self._executor = executor
         self._rundir = rundir
@@ -94,58 +115,71 @@ class Committer:
         self._cache = ScoreCache()
         self._units = 0
         self.evaluated = 0
-        """Item evaluations of all that was committed; what earlier scores answered is not counted."""
-        self._parts: dict[tuple[str, str], ItemSet] = {}
-        self._running: set[tuple[str, str]] = set()
-        self._promised: set[tuple[str, str]] = set()
+        """Item evaluations of all that was committed, those of a gradient included (`GRADIENT_PRICE`); what earlier
+        scores answered is not counted."""
+        self._parts: dict[_Key, ItemSet] = {}
+        self._running: set[_Key] = set()
+        self._promised: set[_Key] = set()
         self._finished = _Finished(rundir.path / FINISHED)
 
-    def submit(self, group: list[tuple[int, Recipe]], items: ItemSet, *, rung: int = 0, together: bool = False) -> None:
+    def submit(
+        self,
+        group: list[tuple[int, Recipe]],
+        items: ItemSet,
+        *,
+        rung: int = 0,
+        together: bool = False,
+        gradients: Differentiated = (),
+    ) -> None:
         """Hand out what has to be evaluated of (proposal id, canonical recipe) pairs.
 
         Left out is what the journal, the cache or `finished.jsonl` has, and equal recipes after the first; of a
         recipe that was scored on some of the items only the others are evaluated.
-        `together` makes one work unit of all, for one worker.
+        `together` makes one work unit of all, for one worker. With `gradients` all items are evaluated.
         """
         jobs = []
         for proposal, recipe in group:
-            whole = (recipe.id, items.id)
+            whole = (recipe.id, items.id, bool(gradients))
             if self._journal.will_tell(proposal, items.id):
                 self._promised.add(whole)  # a copy further on shares its result, as it would have without the cut
-            if whole in self._promised or self._cache.get(recipe.id, items) is not None:
+            if whole in self._promised or self._cache.get(recipe.id, items, gradients=bool(gradients)) is not None:
                 continue
-            part = self._parts.setdefault(whole, self._cache.missing(recipe.id, items))
-            key = (recipe.id, part.id)
-            if key in self._finished.waiting and not self._fits(self._finished.waiting[key], part):
+            part = self._parts.setdefault(whole, items if gradients else self._cache.missing(recipe.id, items))
+            key = (recipe.id, part.id, bool(gradients))
+            if key in self._finished.waiting and not self._fits(self._finished.waiting[key], part, gradients):
                 self._finished.take(key)
             if key in self._running or key in self._finished.waiting:
                 continue
             self._running.add(key)
-            jobs.append(Job(proposal, rung, recipe, part))
+            jobs.append(Job(proposal, rung, recipe, part, gradients))
         for unit in [tuple(jobs)] if together else [(j,) for j in jobs]:
             if unit:
                 self._executor.submit(WorkUnit(self._units, unit))
                 self._units += 1
 
-    def commit(self, proposal: int, recipe: Recipe, items: ItemSet, *, rung: int = 0) -> Evaluation:
+    def commit(
+        self, proposal: int, recipe: Recipe, items: ItemSet, *, rung: int = 0, gradients: Differentiated = ()
+    ) -> Evaluation:
         """The result of one submitted proposal, once it is in the journal. Raises Interrupted."""
-        known = self._cache.get(recipe.id, items)
-        part = self._cache.missing(recipe.id, items)
-        self.evaluated += part.count if known is None else 0
+        asked = bool(gradients)
+        known = self._cache.get(recipe.id, items, gradients=asked)
+        part = items if asked else self._cache.missing(recipe.id, items)
+        if known is None:
+            self.evaluated += part.count * (1 + GRADIENT_PRICE * asked)
         if self._journal.replaying:
-            e = self._replayed(proposal, items)
-            self._cache.add(recipe.id, items, e)
-            self._finished.take((recipe.id, part.id))
+            e = self._replayed(proposal, items, gradients)
+            self._cache.add(recipe.id, items, e, gradients=asked)
+            self._finished.take((recipe.id, part.id, asked))
             return e
         if known is not None:
-            return self._told(proposal, items, known, rung, cached=True)
-        part = self._parts.pop((recipe.id, items.id), part)
-        e = self._result((recipe.id, part.id))
-        if e.scores is not None:
+            return self._told(proposal, items, known, rung, gradients, cached=True)
+        part = self._parts.pop((recipe.id, items.id, asked), part)
+        e = self._result((recipe.id, part.id, asked))
+        if e.scores is not None and not asked:
             self._cache.add(recipe.id, part, e)
             e = self._cache.get(recipe.id, items) or e
-        self._cache.add(recipe.id, items, e)
-        self._told(proposal, items, e, rung)
+        self._cache.add(recipe.id, items, e, gradients=asked)
+        self._told(proposal, items, e, rung, gradients)
         self._finished.sweep()
         return e
 
@@ -153,7 +187,7 @@ class Committer:
         """Close `finished.jsonl`."""
         self._finished.close()
 
-    def _result(self, key: tuple[str, str]) -> Evaluation:
+    def _result(self, key: _Key) -> Evaluation:
         """Wait for one result; others that arrive meanwhile are kept."""
         while True:
             if (e := self._finished.take(key)) is not None:
@@ -165,7 +199,7 @@ class Committer:
                 raise AssertionError("a result is awaited that was never submitted")
             found: Evaluation | None = None
             for job, e, telemetry in self._executor.wait(WAIT_SECONDS):
-                here = (job.recipe.id, job.items.id)
+                here = (job.recipe.id, job.items.id, bool(job.gradients))
                 self._running.discard(here)
                 if here == key:
                     found = e
@@ -175,12 +209,21 @@ class Committer:
             if found is not None:
                 return found
 
-    def _told(self, proposal: int, items: ItemSet, e: Evaluation, rung: int = 0, *, cached: bool = False) -> Evaluation:
+    def _told(
+        self,
+        proposal: int,
+        items: ItemSet,
+        e: Evaluation,
+        rung: int,
+        gradients: Differentiated,
+        *,
+        cached: bool = False,
+    ) -> Evaluation:
         extra = {"cached": True} if cached else {}
-        self._journal.record("told", id=proposal, rung=rung, items=items.id, **_to_json(e), **extra)
+        self._journal.record("told", id=proposal, rung=rung, items=items.id, **_to_json(e, bool(gradients)), **extra)
         return e
 
-    def _replayed(self, proposal: int, items: ItemSet) -> Evaluation:
+    def _replayed(self, proposal: int, items: ItemSet, gradients: Differentiated) -> Evaluation:
         event = self._journal.take("told")
         if event.get("id") != proposal or event.get("items") != items.id:
             raise RunError(
@@ -191,30 +234,39 @@ class Committer:
             e = _from_json(event)
         except (KeyError, TypeError, ValueError, AttributeError):
             e = None
-        if e is None or not self._fits(e, items):
+        if e is None or not self._fits(e, items, gradients):
             raise UserError(f"{self._journal.path} event {event['seq']}: holds no result on these items")
         return e
 
-    def _fits(self, e: Evaluation, items: ItemSet) -> bool:
+    def _fits(self, e: Evaluation, items: ItemSet, gradients: Differentiated) -> bool:
+        found = e.gradients or {}
+        if {*found} != {task for task, _ in gradients if e.ok}:
+            return False
+        if not all(g.shape == self._gradient_shape and np.isfinite(g).all() for g in found.values()):
+            return False
         return whole(e.status, e.scores, {t: len(at) for t, at in items.tasks.items()}, self._metrics)
 
 
+_Key = tuple[str, str, bool]
+"""Recipe id, item set id, and whether gradients are asked for."""
+
+
 class _Finished:
-    """Results that arrived before their turn, by (recipe id, item set id); sealed lines, never fsynced."""
+    """Results that arrived before their turn; sealed lines, never fsynced."""
 
     def __init__(self, path: Path) -> None:
-        self.waiting: dict[tuple[str, str], Evaluation] = {}
+        self.waiting: dict[_Key, Evaluation] = {}
         events, good = read_sealed(path)
         with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):  # lines that `keep` did not write
-            self.waiting = {(str(e["recipe_id"]), str(e["items"])): _from_json(e) for e in events}
+            self.waiting = {(str(e["recipe_id"]), str(e["items"]), "gradients" in e): _from_json(e) for e in events}
         self._lines = Lines(path, good)
         self.sweep()
 
-    def keep(self, key: tuple[str, str], e: Evaluation) -> None:
+    def keep(self, key: _Key, e: Evaluation) -> None:
         self.waiting[key] = e
-        self._lines.append(seal({"recipe_id": key[0], "items": key[1], **_to_json(e)}))
+        self._lines.append(seal({"recipe_id": key[0], "items": key[1], **_to_json(e, key[2])}))
 
-    def take(self, key: tuple[str, str]) -> Evaluation | None:
+    def take(self, key: _Key) -> Evaluation | None:
         return self.waiting.pop(key, None)
 
     def sweep(self) -> None:
@@ -225,9 +277,12 @@ class _Finished:
         self._lines.close()
 
 
-def _to_json(e: Evaluation) -> Event:
-    return {"status": e.status, "reason": e.reason, "scores": scores_to_json(e.scores)}
+def _to_json(e: Evaluation, asked: bool) -> Event:
+    """With gradients where they were asked for, null where the job failed."""
+    gradients = {"gradients": gradients_to_json(e.gradients)} if asked else {}
+    return {"status": e.status, "reason": e.reason, "scores": scores_to_json(e.scores), **gradients}
 
 
 def _from_json(event: Event) -> Evaluation:
-    return Evaluation(str(event["status"]), scores_from_json(event["scores"]), str(event["reason"]))
+    gradients = gradients_from_json(event.get("gradients"))
+    return Evaluation(str(event["status"]), scores_from_json(event["scores"]), str(event["reason"]), gradients)

@@ -93,6 +93,13 @@ class Budget(_Part):
         return False
 
 
+class SampleItems(_Part):
+    """Fresh common items for each generation, always as many."""
+
+    policy: Literal["sample"]
+    count: int = Field(192, ge=2, description="items of a generation, over all tasks")
+
+
 class AdaptiveItems(_Part):
     """Fresh common items for each generation, as many as rank its members alike by either half of them."""
 
@@ -117,7 +124,7 @@ class HalvingItems(_Part):
         return self
 
 
-ItemsSpec = Literal["full"] | AdaptiveItems | HalvingItems
+ItemsSpec = Literal["full"] | Annotated[SampleItems | AdaptiveItems | HalvingItems, Field(discriminator="policy")]
 
 
 class Search(BaseModel):
@@ -134,7 +141,7 @@ class Search(BaseModel):
         description="steady state: proposal k is asked when exactly the results up to k - lag are known, which keeps "
         "lag workers busy; for algorithms that can, in place of whole generations",
     )
-    items: Literal["full"] | Annotated[AdaptiveItems | HalvingItems, Field(discriminator="policy")] = Field(
+    items: ItemsSpec = Field(
         "full",
         description="what candidates are scored on while the search runs; baselines, probes, each stage's answers and "
         "finalists are scored in full",

@@ -6,21 +6,24 @@ import resource
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from evomerge.hub import folder_of
 from evomerge.manifest import Manifest
 from evomerge.merge.bank import Bank
 from evomerge.merge.builder import Builder
+from evomerge.merge.gradient import RECOMPUTE_ABOVE, activation_bytes, inner_products, recomputed
 from evomerge.merge.live import inference, live_model, load_tokenizer
 from evomerge.merge.pipeline import BuildError
 from evomerge.pool import ModelPool
-from evomerge.proposal import Evaluation, Job, Scores, Telemetry, WorkUnit
+from evomerge.proposal import Evaluation, Gradients, Job, Scores, Telemetry, WorkUnit
 from evomerge.score import make_scorer
 from evomerge.score.model import Altered, NonFinite
-from evomerge.score.plan import Plan, Scorable
+from evomerge.score.plan import Differentiable, Plan, Scorable
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class MergeEvaluator:
                 task: self._scorers[self._plans[task].kind].score(self._candidate, self._plans[task], positions)
                 for task, positions in job.items.tasks.items()
             }
-            result = Evaluation("ok", scores)
+            result = Evaluation("ok", scores, gradients=self._gradients(job) if job.gradients else None)
         except (BuildError, NonFinite) as e:
             result = Evaluation("failed:nan", reason=str(e))
         except Altered as e:
@@ -98,6 +101,26 @@ class MergeEvaluator:
             device=self._device_name,
             changed_blocks=changed,
         )
+
+    def _gradients(self, job: Job) -> Gradients:
+        """Of the job's tasks, for what is built. Raises NonFinite."""
+        model, bank = self._candidate.model, self._builder.bank
+        out = {}
+        for task, metric in job.gradients:
+            plan = self._plans[task]
+            scorer = self._scorers[plan.kind]
+            assert isinstance(scorer, Differentiable)
+            size = activation_bytes(bank.manifest, plan.shape.batch_tokens, self._builder.buffer.itemsize)
+            with (
+                inner_products(model, bank) as products,
+                recomputed(model) if size > RECOMPUTE_ABOVE else nullcontext(),
+            ):
+                for part in scorer.mean_in_parts(self._candidate, plan, job.items.tasks[task], metric):
+                    part.backward()
+            out[task] = products.cpu().numpy().astype(np.float32)
+            if not np.isfinite(out[task]).all():
+                raise NonFinite(f"task {task!r}: its gradient is NaN or infinite")
+        return out
 
     def _peak_mb(self) -> float:
         if self.device.type == "cuda":

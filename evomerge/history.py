@@ -20,7 +20,7 @@ from evomerge.manifest import Manifest
 from evomerge.objective import Objective
 from evomerge.pareto import Losses
 from evomerge.prepare import bind_spaces, fitness_of, needed_metrics
-from evomerge.proposal import Evaluation, ItemSet, Scores, frozen_genome
+from evomerge.proposal import GRADIENT_PRICE, Evaluation, ItemSet, Scores, frozen_genome
 from evomerge.recipe import Recipe
 from evomerge.rundir import EXPERIMENT, JOURNAL
 from evomerge.schema import validated
@@ -150,7 +150,8 @@ class History:
                 cached += bool(e.get("cached")) and name not in ("select", "report")
                 for task, ids in item_ids[name].items() if not e.get("cached") else ():
                     known = seen.setdefault(entry.recipe_id, {}).setdefault(task, set())
-                    evaluated["search" if name in samples else name] += len({*ids} - known)
+                    price = len(ids) * (1 + GRADIENT_PRICE) if "gradients" in e else len({*ids} - known)
+                    evaluated["search" if name in samples else name] += price
                     known.update(ids if result.ok else ())
             elif e["kind"] == "final":
                 final = {**e, "winner": entries[e["winner"]].id, "finalists": [entries[i].id for i in e["finalists"]]}

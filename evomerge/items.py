@@ -20,13 +20,14 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from evomerge.config import AdaptiveItems, HalvingItems, ItemsSpec
+from evomerge.config import AdaptiveItems, HalvingItems, ItemsSpec, SampleItems
 from evomerge.pareto import Losses, order
 from evomerge.proposal import ItemSet, Result, Scores
 
 POLICIES: Mapping[str, tuple[str, ...]] = {
-    "generation": ("full", "adaptive", "halving"),
-    "incumbents": ("full", "adaptive"),
+    "none": ("full", "sample"),
+    "generation": ("full", "sample", "adaptive", "halving"),
+    "incumbents": ("full", "sample", "adaptive"),
     "best": ("full", "halving"),
     "archive": ("full",),
 }
@@ -69,6 +70,23 @@ class Full:
     def first(self, group: int) -> ItemSet:
         """The search split."""
         return self._whole
+
+    def more(self, group: int, rung: int, got: Mapping[int, Result]) -> Mapping[int, ItemSet]:
+        """Nothing."""
+        return {}
+
+
+class Sample:
+    """Fresh common items for each generation, `count` of them: minibatches for algorithms that average over steps."""
+
+    def __init__(self, spec: SampleItems, whole: ItemSet, seed: Sequence[int]) -> None:
+        """`seed` is the run's and the stage's number."""
+        self._spec, self._whole, self._seed = spec, whole, seed
+        self.price = self.first(0).count
+
+    def first(self, group: int) -> ItemSet:
+        """The generation's sample."""
+        return samples(self._whole, [self._spec.count], self._seed, group)[0]
 
     def more(self, group: int, rung: int, got: Mapping[int, Result]) -> Mapping[int, ItemSet]:
         """Nothing."""
@@ -142,6 +160,8 @@ class Halving:
 
 def make_policy(spec: ItemsSpec, whole: ItemSet, seed: Sequence[int], losses_on: LossesOn) -> ItemPolicy:
     """The policy of an experiment's `search.items` for one stage."""
+    if isinstance(spec, SampleItems):
+        return Sample(spec, whole, seed)
     if isinstance(spec, AdaptiveItems):
         return Adaptive(spec, whole, seed, losses_on)
     if isinstance(spec, HalvingItems):

@@ -282,6 +282,16 @@ def scores_from_json(data: Any) -> dict[str, dict[str, Any]] | None:
     return {t: {m: decode_array(a) for m, a in ms.items()} for t, ms in data.items()}
 
 
+def gradients_to_json(gradients: Mapping[str, Any] | None) -> Any:
+    """task -> array, as JSON; None stays None."""
+    return None if gradients is None else {t: encode_array(np.asarray(g, np.float32)) for t, g in gradients.items()}
+
+
+def gradients_from_json(data: Any) -> dict[str, Any] | None:
+    """The inverse of `gradients_to_json`. Raises ValueError on malformed data."""
+    return None if data is None else {t: decode_array(g) for t, g in data.items()}
+
+
 def whole(status: str, scores: Any, counts: Mapping[str, int], metrics: Mapping[str, Collection[str]]) -> bool:
     """Whether a result from a file has one score per item of every task and metric, or none at all where it failed."""
     if scores is None or status != "ok":

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evomerge.fitness import FitnessSpec, Goal
-from evomerge.proposal import Scores
+from evomerge.proposal import Differentiated, Gradients, Scores
 from evomerge.tasks import Task
 
 Column = tuple[str, str]
@@ -19,6 +19,26 @@ Column = tuple[str, str]
 def column_mean(scores: Scores, task: str, metric: str) -> float:
     """Mean over a task's items in float64, higher or lower as the metric goes."""
     return float(np.mean(scores[task][metric], dtype=np.float64))
+
+
+def differentiated(spec: FitnessSpec) -> Differentiated:
+    """The tasks of the only objective with the metrics that are differentiated. KeyError where one has none."""
+    [goal] = spec.goals
+    return tuple((task.name, task.smooth[goal.metric or task.metric]) for task, _ in spec.weights_of(goal))
+
+
+def products(spec: FitnessSpec, gradients: Gradients) -> NDArray[np.float64]:
+    """<dL/dW_b, c_k> of the loss L to minimise, shape (n_blocks, 1 + n_experts): the weighted mean over tasks.
+
+    Of its smooth metrics, and without a floor: a step of a count has no slope, and a price on few items is noise.
+    """
+    [goal] = spec.goals
+    metrics = dict(differentiated(spec))
+    parts = [
+        share * task.sign(metrics[task.name]) * gradients[task.name].astype(np.float64)
+        for task, share in spec.weights_of(goal)
+    ]
+    return np.sum(parts, axis=0)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from evomerge.importance import important_groups, layer_sizes
 from evomerge.items import POLICIES, make_policy
 from evomerge.layer_swap import LayerSwapSpace
 from evomerge.manifest import Manifest
-from evomerge.proposal import ItemSet
+from evomerge.proposal import GRADIENT_PRICE, ItemSet
 from evomerge.recipe import Match, Recipe, Rule
 from evomerge.schema import validated
 from evomerge.score.plan import Plan, PlanShape, Target, item_sets
@@ -29,7 +29,7 @@ from evomerge.search.auto import AUTO, Problem, choose
 from evomerge.search.base import Column, Geometry, Needs
 from evomerge.search.cmaes import default_population
 from evomerge.space import Important, RuleSpace, SearchSpace, SpaceSpec
-from evomerge.tasks import Task
+from evomerge.tasks import KINDS, Task
 from evomerge.tasks.base import NOTHING, Allowed, Item
 from evomerge.workers import Executor, MakeEvaluator
 
@@ -204,6 +204,7 @@ def prepare(
     experiment, picked = with_algorithms(experiment, spaces, allowance)
     picked = [*grouped, *picked]
     check_algorithms(experiment)  # what auto picked
+    picked = [*picked, *check_gradients(experiment, spaces)]
     check_axes(experiment, spaces)
     if began_with is None:
         picked = [*picked, *check_populations(experiment, spaces, allowance), *remarks_on(experiment, items)]
@@ -359,7 +360,9 @@ def allowance_of(budget: Budget, experiment: Experiment, whole: ItemSet) -> Allo
     """
     spec = experiment.search.items
     price = make_policy(spec, whole, (0, 0), lambda _: lambda _: np.zeros(1)).price
-    return Allowance.of(budget, experiment.stages, price, sampled=spec != "full")
+    named = [experiment.algorithm_of(s)[0] for s in experiment.stages if not experiment.is_auto(s)]
+    sampled = spec != "full" or any(needs_of(a).gradients for a in named)
+    return Allowance.of(budget, experiment.stages, price, sampled=sampled)
 
 
 def check_algorithms(experiment: Experiment) -> None:
@@ -399,6 +402,8 @@ def check_algorithms(experiment: Experiment) -> None:
                 f"search: {name} models the objectives and knows no constraints; use nsga-ii or nsga-iii, or make "
                 "each constraint an objective"
             )
+        if needs.gradients:
+            check_tasks_for_gradients(experiment, name)
         if needs.per_item_scores:
             for goal in fitness_of(experiment).goals:
                 for task, _ in fitness_of(experiment).weights_of(goal):
@@ -441,15 +446,54 @@ def remarks_on(experiment: Experiment, items: Mapping[str, tuple[Item, ...]]) ->
     return notes
 
 
+def check_gradients(experiment: Experiment, spaces: Sequence[SearchSpace]) -> list[str]:
+    """Notes for stages that follow gradients: what one costs, and where it is of something else than the objective.
+
+    Raises UserError where a stage needs gradients that its space does not have.
+    """
+    notes = []
+    fitness = fitness_of(experiment)
+    for n, (stage, space) in enumerate(zip(experiment.stages, spaces, strict=True)):
+        name, _ = experiment.algorithm_of(stage)
+        if not needs_of(name).gradients:
+            continue
+        why = "layer swapping has no derivative" if not isinstance(space, RuleSpace) else space.why_no_gradient()
+        if why is not None:
+            raise UserError(f"search: {_stage(n, experiment.stages)}{name} needs gradients, but {why}")
+        notes.append(
+            f"{_stage(n, experiment.stages)}a candidate of {name} counts as {1 + GRADIENT_PRICE} item evaluations for "
+            "each of its items: the score, a forward and a backward pass"
+        )
+        if fitness.floor or fitness.constraints or fitness.goals[0].kind != "weighted_mean":
+            notes.append(
+                f"{_stage(n, experiment.stages)}{name} follows the weighted mean of the tasks' metrics; floor, "
+                "constraints and kind of the objective count where candidates are ranked"
+            )
+    return notes
+
+
+def check_tasks_for_gradients(experiment: Experiment, algorithm: str) -> None:
+    """Raises UserError where a task of the objective has no gradient."""
+    fitness = fitness_of(experiment)
+    for task, _ in fitness.weights_of(fitness.goals[0]):
+        if not task.smooth:
+            able = " or ".join(name for name, kind in KINDS.items() if kind.spec.smooth)
+            raise UserError(
+                f"search: {algorithm} follows gradients, but task {task.name!r} of kind {task.kind} has none; "
+                f"search on tasks of kind {able}, or use cma-es"
+            )
+
+
 def check_items(search: Search, algorithm: str, needs: Needs) -> None:
     """Raises UserError where the losses that a policy of items gives are no use to an algorithm."""
     policy = search.items if isinstance(search.items, str) else search.items.policy
     if policy not in POLICIES[needs.scope]:
         able = [a for a in ALGORITHMS if policy in POLICIES[needs_of(a).scope]]
-        raise UserError(
-            f"search.items: {algorithm} compares candidates across generations, which {policy} items do not allow; "
-            f"use items: {' or '.join(POLICIES[needs.scope])}, or {' or '.join(able)}"
-        )
+        why = f"compares candidates across generations, which {policy} items do not allow"
+        if needs.scope == "none":
+            why = f"compares no candidates, which {policy} items go by"
+        accepted = " or ".join(POLICIES[needs.scope])
+        raise UserError(f"search.items: {algorithm} {why}; use items: {accepted}, or {' or '.join(able)}")
     if policy != "full" and search.lag is not None:
         raise UserError(f"search.lag: {policy} items are common to a generation, steady state has none; drop one")
 
@@ -561,6 +605,11 @@ def fitness_of(experiment: Experiment) -> FitnessSpec:
     """The resolved fitness."""
     assert isinstance(experiment.fitness, FitnessSpec)
     return experiment.fitness
+
+
+def gradient_shape(manifest: Manifest) -> tuple[int, int]:
+    """(n_blocks, 1 + n_experts), the shape of a task's gradient (see `proposal.Gradients`)."""
+    return len(manifest.blocks), 1 + len(manifest.experts)
 
 
 def needed_metrics(experiment: Experiment) -> dict[str, tuple[str, ...]]:

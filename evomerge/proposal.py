@@ -19,6 +19,19 @@ Genome: TypeAlias = NDArray[np.float64]
 Scores: TypeAlias = Mapping[str, Mapping[str, NDArray[np.float32]]]
 """task -> metric -> one score per item, shape (n_items,)."""
 
+Gradients: TypeAlias = Mapping[str, NDArray[np.float32]]
+"""task -> <dL/dW_b, c_k> by block b and source k, shape (n_blocks, 1 + n_experts), L the mean of a metric of it.
+
+Blocks are in the manifest's order. The first source is the base with c_0 = theta_0; the experts follow in the
+manifest's order with their differences from it, c_k = theta_k - theta_0.
+"""
+
+Differentiated: TypeAlias = tuple[tuple[str, str], ...]
+"""The tasks whose gradient is asked for, each with its metric."""
+
+GRADIENT_PRICE = 3
+"""Item evaluations that an item's gradient counts as, beside its score: a forward and a backward pass."""
+
 
 def frozen_genome(values: NDArray[np.float64] | list[float]) -> Genome:
     """A read-only float64 copy. Raises ValueError outside the unit cube or where not finite."""
@@ -66,6 +79,7 @@ class Job:
     rung: int
     recipe: Recipe
     items: ItemSet
+    gradients: Differentiated = ()
 
 
 @dataclass(frozen=True)
@@ -83,6 +97,8 @@ class Evaluation:
     status: str
     scores: Scores | None = None
     reason: str = ""
+    gradients: Gradients | None = None
+    """Of the tasks that the job asked for; None where it asked for none."""
 
     @property
     def ok(self) -> bool:
@@ -114,6 +130,9 @@ class Result:
     """By how much the fitness's constraints are missed; 0 where all are kept."""
     measures: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
     """The fitness's behaviour measures, shape (n_measures,); NaN where the job failed."""
+    gradient: NDArray[np.float64] | None = None
+    """d(loss)/d(genome), shape (n_axes,); None where it was not asked for, and where the job failed. The loss is the
+    weighted mean over tasks (see `objective.products`)."""
 
     @property
     def loss(self) -> float:

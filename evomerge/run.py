@@ -23,16 +23,26 @@ from evomerge.errors import RunError, UserError
 from evomerge.history import History
 from evomerge.items import behind, make_policy
 from evomerge.journal import Journal
+from evomerge.objective import differentiated, products
 from evomerge.pareto import compromise, fronts, order
-from evomerge.prepare import Prepared, allowance_of, fitness_of, make_executor, needed_metrics, prepare
+from evomerge.prepare import (
+    Prepared,
+    allowance_of,
+    fitness_of,
+    gradient_shape,
+    make_executor,
+    needed_metrics,
+    prepare,
+)
 from evomerge.progress import Progress, Silent
-from evomerge.proposal import Evaluation, Genome, ItemSet, Proposal, Result, Scores
+from evomerge.proposal import GRADIENT_PRICE, Evaluation, Genome, ItemSet, Proposal, Result, Scores
 from evomerge.rundir import EXPERIMENT, JOURNAL, Before, RunDirectory, before
 from evomerge.schema import validated
 from evomerge.score.plan import PlanShape
 from evomerge.search import make_optimizer, needs_of
 from evomerge.search.base import Elitist, Start
 from evomerge.session import Candidate, Session, references_of
+from evomerge.space import RuleSpace
 from evomerge.tasks.base import NOTHING, Allowed
 
 VIOLATED = 1e6
@@ -77,7 +87,11 @@ def search(
         RunDirectory(out) as rundir,
         Journal(out / JOURNAL, accept_drift=accept_drift, on_drift=rundir.drift) as journal,
         closing(make_executor(prepared.evaluator(), experiment.workers, prepared.device)) as executor,
-        closing(Committer(journal, executor, rundir, interrupted, needed_metrics(experiment))) as committer,
+        closing(
+            Committer(
+                journal, executor, rundir, interrupted, needed_metrics(experiment), gradient_shape(prepared.manifest)
+            )
+        ) as committer,
     ):
         progress.begin(prepared, allowance.extended(extensions[-1]) if extensions else allowance)
         # The journal's file comes first: a folder that has one, even an empty one, is ours to go on with.
@@ -164,6 +178,7 @@ class StageRun:
             sampled=experiment.search.items != "full",
             note=s.progress.note,
         )
+        self.gradients = differentiated(fitness) if needs.gradients else ()
         self.optimizer = make_optimizer(algorithm, space.axes, begin, rng, s.ids, options)
         self.policy = make_policy(experiment.search.items, s.whole, (experiment.search.seed, n), s.losses_on)
         self.latest: dict[int, dict[int, Result]] = {}
@@ -189,7 +204,7 @@ class StageRun:
             left = 0
             incumbents = self._incumbents()
             if not self.optimizer.stop():
-                price = self.policy.price
+                price = self.policy.price * (1 + GRADIENT_PRICE * bool(self.gradients))
                 spent = s.spent + price * len(incumbents)
                 left = allowance.left(self.n, asked, s.journal, self.rundir, spent=spent, price=price)
             room = left if lag is None else min(left, lag - len(outstanding))
@@ -201,16 +216,16 @@ class StageRun:
             if items.id == self.items.id:
                 incumbents = []
             self.items = items
-            s.submit([*incumbents, *group], items)
+            s.submit([*incumbents, *group], items, gradients=self.gradients)
             before = s.committer.evaluated
             self._renew(incumbents, items, outstanding[0].proposal.group)
             members, results = [], {}
             for _ in range(len(outstanding) if lag is None else 1):
                 candidate = outstanding.popleft()
                 fresh = not s.journal.replaying
-                evaluation = s.commit(candidate, items)
+                evaluation = s.commit(candidate, items, gradients=self.gradients)
                 members.append(candidate)
-                results[candidate.id] = self._told(s.keep(candidate, evaluation, items))
+                results[candidate.id] = self._told(candidate, evaluation, items)
                 recent.append(evaluation if fresh else Evaluation("ok"))
             results = self._on_more_items(members, results)
             for candidate in members:
@@ -234,7 +249,7 @@ class StageRun:
             return
         assert isinstance(self.optimizer, Elitist)
         s = self.s
-        results = {c.id: self._told(s.keep(c, s.commit(c, items), items)) for c in incumbents}
+        results = {c.id: self._told(c, s.commit(c, items), items) for c in incumbents}
         self.latest[group] = results
         self.optimizer.renew(results)
 
@@ -252,7 +267,7 @@ class StageRun:
             for c in climbing:
                 s.submit([c], wanted[c.id], rung=rung)
             scored = [(c, s.commit(c, wanted[c.id], rung=rung)) for c in climbing]
-            results = {c.id: self._told(s.keep(c, e, wanted[c.id])) for c, e in scored}
+            results = {c.id: self._told(c, e, wanted[c.id]) for c, e in scored}
         for rest in reversed(stopped):
             moved = behind({i: r.losses for i, r in rest.items()}, [r.losses for r in results.values()])
             results |= {i: replace(r, losses=moved[i]) for i, r in rest.items()}
@@ -273,8 +288,16 @@ class StageRun:
         best = order(np.array([latest[i].losses for i in able]))[: s.prepared.experiment.search.finalists]
         return [s.candidates[i] for i in sorted(able[b] for b in best) if not s.candidates[i].whole]
 
-    def _told(self, r: Result) -> Result:
-        """What the algorithm is told: where it does not know constraints, a loss above all that keep them."""
+    def _told(self, c: Candidate, e: Evaluation, items: ItemSet) -> Result:
+        """What the algorithm is told of a candidate, which is kept: the derivative by the genome where it was asked
+        for; where it does not know constraints, a loss above all that keep them."""
+        prepared, r = self.s.prepared, self.s.keep(c, e, items)
+        if e.gradients is not None:
+            space, genome = prepared.spaces[self.n], c.proposal.genome
+            assert isinstance(space, RuleSpace)
+            assert genome is not None
+            by_block = products(fitness_of(prepared.experiment), e.gradients)
+            r = replace(r, gradient=space.gradient(genome, by_block, prepared.manifest))
         if r.violation == 0.0 or self.optimizer.needs.constraints:
             return r
         return replace(r, losses=np.full_like(r.losses, VIOLATED + r.violation))

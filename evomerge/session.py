@@ -17,7 +17,7 @@ from evomerge.objective import Objective
 from evomerge.pareto import Losses, order
 from evomerge.prepare import Prepared, fitness_of
 from evomerge.progress import Progress
-from evomerge.proposal import Evaluation, ItemSet, Proposal, Result, Scores, frozen_genome
+from evomerge.proposal import Differentiated, Evaluation, ItemSet, Proposal, Result, Scores, frozen_genome
 from evomerge.recipe import Recipe
 
 References = tuple[Scores, Mapping[str, Scores]]
@@ -98,16 +98,25 @@ class Session:
                 raise UserError(f"{self.journal.path} event {event['seq']}: no genome of this space") from None
         return Candidate(p, recipe, role, name)
 
-    def submit(self, group: Sequence[Candidate], items: ItemSet, *, rung: int = 0, together: bool = False) -> None:
+    def submit(
+        self,
+        group: Sequence[Candidate],
+        items: ItemSet,
+        *,
+        rung: int = 0,
+        together: bool = False,
+        gradients: Differentiated = (),
+    ) -> None:
         """Hand candidates out for evaluation; `together` on one worker, and so on one device."""
         if group and items.id not in self._announced:
             self.journal.record("items", id=items.id, name=items.name, ids=self.prepared.item_ids(items))
             self._announced.add(items.id)
-        self.committer.submit([(c.id, c.recipe) for c in group], items, rung=rung, together=together)
+        pairs = [(c.id, c.recipe) for c in group]
+        self.committer.submit(pairs, items, rung=rung, together=together, gradients=gradients)
 
-    def commit(self, c: Candidate, items: ItemSet, *, rung: int = 0) -> Evaluation:
+    def commit(self, c: Candidate, items: ItemSet, *, rung: int = 0, gradients: Differentiated = ()) -> Evaluation:
         """The result of one submitted candidate; it is in the journal before it is returned."""
-        e = self.committer.commit(c.id, c.recipe, items, rung=rung)
+        e = self.committer.commit(c.id, c.recipe, items, rung=rung, gradients=gradients)
         self.progress.scored(c.role, items, e)
         return e
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_serializer, model_validator
 
 from evomerge.errors import UserError, nearest
@@ -50,6 +51,12 @@ class Axis:
             exponent = math.log(self.low) + u * (math.log(self.high) - math.log(self.low))
             return min(max(rounded(math.exp(exponent)), self.low), self.high)
         return min(max(rounded(self.low + u * (self.high - self.low)), self.low), self.high)
+
+    def slope(self, u: float) -> float:
+        """d value / d u of a float axis at `u`, the rounding apart."""
+        if self.log:
+            return float(self.value(u)) * (math.log(self.high) - math.log(self.low))
+        return self.high - self.low
 
     def unit(self, value: float | str) -> float:
         """The inverse of `value`: the middle of a level. Raises ValueError outside the axis."""
@@ -346,6 +353,49 @@ class RuleSpace:
         elif normalised and abs(sum(weights)) < 1e-6:
             return None
         return Rule.model_construct(match="all", method=method.name, params=params, sources=sources)
+
+    def why_no_gradient(self) -> str | None:
+        """Why derivatives by the axes are not to be had, and what to do, or None where `gradient` gives them."""
+        for method in self.methods:
+            if not method.linear:
+                able = " or ".join(n for n, known in METHODS.items() if known.linear)
+                return f"{method.name} is not linear in its coefficients; use {able}"
+        for axis in self.axes:
+            if axis.kind != "float":
+                return f"the {axis.kind} axis {axis.name!r} has no derivative; fix it"
+        return None
+
+    def gradient(self, g: Genome, products: NDArray[Any], m: Manifest) -> Genome:
+        """The derivative of a loss by the genome at `g`, shape (n_axes,), by the chain rule over axis and coefficient.
+
+        `products` are <dL/dW_b, c_k> (see `proposal.Gradients`), shape (n_blocks, 1 + n_experts). Zero where weights
+        sum to nothing and the base is built in their place. Only where `why_no_gradient` is None.
+        """
+        values = {axis.name: float(axis.value(float(u))) for axis, u in zip(self.axes, g, strict=True)}
+        method, fixed = self.methods[0], self.spec.params
+        rows = {name: n for n, name in enumerate(m.blocks)}
+        columns = [1 + m.experts.index(e) for e in self._experts]
+        slopes: dict[str, float] = {}
+        for group, blocks in self.groups.items():
+
+            def coefficient(name: str, axis: str) -> float:
+                return values.get(axis, float(fixed.get(name, method.coefficients[name].default)))
+
+            total = products[[rows[b] for b in blocks]].sum(axis=0, dtype=np.float64)
+            base, experts = total[0], total[columns]
+            weights = np.array([coefficient("weight", f"{e}.{group}.weight") for e in self._experts])
+            if method.adds_to_base(fixed):  # theta_0 + lambda sum w_i tau_i
+                lam = coefficient("lambda", f"{group}.lambda")
+                by_weight = lam * experts
+                slopes[f"{group}.lambda"] = weights @ experts
+            elif not fixed.get("normalize", method.options["normalize"][0]):  # sum w_i theta_i
+                by_weight = (experts + base) * weights.any()
+            elif abs(weights.sum()) < 1e-6:
+                by_weight = np.zeros(len(weights))
+            else:  # theta_0 + sum w_i tau_i / sum w_i
+                by_weight = (experts - weights @ experts / weights.sum()) / weights.sum()
+            slopes |= {f"{e}.{group}.weight": d for e, d in zip(self._experts, by_weight, strict=True)}
+        return np.array([slopes[a.name] * a.slope(float(u)) for a, u in zip(self.axes, g, strict=True)])
 
     def encode(self, r: Recipe, m: Manifest) -> Genome:
         """A point that decodes to the canonical form of `r`. Raises ValueError where there is none."""

@@ -229,7 +229,11 @@ def test_who_stopped_comes_behind() -> None:
 
 # -- the table and the settings -------------------------------------------------------------------------------
 
-SPECS = {"adaptive": {"policy": "adaptive"}, "halving": {"policy": "halving", "rungs": [4, 100]}}
+SPECS = {
+    "sample": {"policy": "sample"},
+    "adaptive": {"policy": "adaptive"},
+    "halving": {"policy": "halving", "rungs": [4, 100]},
+}
 
 
 @pytest.mark.parametrize(("algorithm", "policy"), list(itertools.product(ALGORITHMS, SPECS)))
@@ -268,6 +272,7 @@ def _with_paths(data: dict[str, Any], folder: Path) -> dict[str, Any]:
         ({"policy": "adaptive", "grow": 1.0}, "grow"),
         ({"policy": "halving", "rungs": [60]}, "rungs"),
         ({"policy": "halving", "rungs": [60, 50]}, "rungs: each must have more items"),
+        ({"policy": "sample", "count": 1}, "count"),
         ({"policy": "halved"}, "items"),
         ("some", "items"),
     ],

@@ -276,17 +276,17 @@ def test_a_torn_tail_of_early_results(run_copy: Path, experiment_with: With) -> 
 
     path = run_copy / "finished.jsonl"
     first = _Finished(path)
-    first.keep(("a", "x"), Evaluation("failed:nan", reason="one"))
+    first.keep(("a", "x", False), Evaluation("failed:nan", reason="one"))
     first.close()
     with path.open("ab") as f:
         f.write(b'{"recipe_id":"b","items":"x","sta')
     second = _Finished(path)
-    second.keep(("c", "x"), Evaluation("failed:nan", reason="two"))
+    second.keep(("c", "x", False), Evaluation("failed:nan", reason="two"))
     second.close()
     third = _Finished(path)
     third.close()
 
-    assert [*third.waiting] == [("a", "x"), ("c", "x")]
+    assert [*third.waiting] == [("a", "x", False), ("c", "x", False)]
 
 
 # -- polite ends ----------------------------------------------------------------------------------------------

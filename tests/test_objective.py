@@ -9,7 +9,7 @@ import pytest
 
 from evomerge.errors import UserError
 from evomerge.fitness import FitnessSpec
-from evomerge.objective import Objective, column_mean
+from evomerge.objective import Objective, column_mean, differentiated, products
 from evomerge.schema import validated
 
 
@@ -274,3 +274,28 @@ def test_measures_have_names_of_their_own() -> None:
 
     with pytest.raises(UserError, match="measures: the names must differ"):
         fitness({}, measures=[measure, measure])
+
+
+# -- gradients --------------------------------------------------------------------------------------------------
+
+
+def test_products_are_the_weighted_mean_with_its_sign() -> None:
+    """Higher-is-better metrics count negatively, and only tasks of the objective count."""
+    spec = fitness(
+        {"metric": "probability", "weight": 3.0},
+        {"metric": "cross_entropy"},
+        {"metric": "accuracy"},
+        objectives=[{"name": "some", "tasks": ["t0", "t1"]}],
+    )
+    a, b = np.ones((2, 3), np.float32), np.full((2, 3), 10.0, np.float32)
+
+    assert differentiated(spec) == (("t0", "probability"), ("t1", "cross_entropy"))
+    assert np.allclose(products(spec, {"t0": a, "t1": b}), -0.75 + 2.5)
+
+
+def test_counts_are_differentiated_as_what_they_round() -> None:
+    """For accuracy it is the probability of the right choice; an objective's own metric goes before the tasks'."""
+    assert differentiated(fitness({"metric": "accuracy"})) == (("t0", "probability"),)
+    spec = fitness({"metric": "accuracy"}, objectives=[{"name": "x", "metric": "answer_loss"}])
+    assert differentiated(spec) == (("t0", "answer_loss"),)
+    assert np.allclose(products(spec, {"t0": np.ones((1, 2), np.float32)}), 1.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -173,3 +174,103 @@ def test_equal_recipes_of_one_group(committer: Open) -> None:
     assert same(results[2], results[0])
     assert not same(results[1], results[0])
     assert Counting.seen == [(0, "all"), (1, "all")]
+
+
+# -- gradients --------------------------------------------------------------------------------------------------
+
+ASKED = (("a", "accuracy"), ("b", "accuracy"))
+
+
+def test_a_gradient_is_answered_by_a_gradient_only() -> None:
+    """Scores answer no question for a gradient, one on other items neither; a gradient's result answers for scores."""
+    cache = ScoreCache()
+    cache.add("r", ALL, scored(ALL))
+    gradients = {t: np.ones((2, 3), np.float32) for t in ALL.tasks}
+    assert cache.get("r", ALL, gradients=True) is None
+
+    e = replace(scored(PARTS[0]), gradients=gradients)
+    cache.add("s", PARTS[0], e, gradients=True)
+    assert cache.get("s", PARTS[0], gradients=True) is e
+    assert cache.get("s", PARTS[1], gradients=True) is None
+    plain = cache.get("s", PARTS[0])
+    assert same(plain, e)
+    assert plain is not None
+    assert plain.gradients is None
+    cache.add("s", PARTS[1], scored(PARTS[1]))
+    assert same(cache.get("s", ALL), scored(ALL))
+
+
+def test_a_failed_gradient_says_nothing_about_scores() -> None:
+    """What ran out of memory for its gradient may still have scores; what failed for scores is tried for a gradient."""
+    cache = ScoreCache()
+    cache.add("r", ALL, Evaluation("failed:oom", reason="no"), gradients=True)
+    cache.add("s", ALL, Evaluation("failed:nan", reason="no"))
+
+    assert cache.get("r", ALL) is None
+    known = cache.get("r", ALL, gradients=True)
+    assert known is not None
+    assert known.status == "failed:oom"
+    assert cache.get("s", ALL, gradients=True) is None
+
+
+def test_gradients_are_told_as_they_were_asked_for(tmp_path: Path) -> None:
+    """With gradient, its duplicate from the cache, without: so they stand in the journal, and so they come back."""
+    out = tmp_path / "run"
+    results: list[list[Evaluation]] = []
+    for _ in range(2):  # the second time from the journal alone
+        Counting.seen = []
+        with ExitStack() as opened:
+            rundir = opened.enter_context(RunDirectory(out))
+            journal = opened.enter_context(Journal(out / "journal.jsonl"))
+            executor = InlineExecutor(Counting)
+            c = opened.enter_context(
+                closing(Committer(journal, executor, rundir, lambda: False, gradient_shape=(2, 3)))
+            )
+            got = []
+            for proposal, asked in enumerate((ASKED, ASKED, (), ASKED)):
+                items = PARTS[1] if proposal == 3 else ALL
+                c.submit([(proposal, RECIPES[0])], items, gradients=asked)
+                got.append(c.commit(proposal, RECIPES[0], items, gradients=asked))
+            assert c.evaluated == 4 * (ALL.count + PARTS[1].count)
+            results.append(got)
+    events, _ = read(out / "journal.jsonl")
+
+    assert Counting.seen == []
+    assert [("gradients" in e, e.get("cached", False)) for e in events] == [
+        (True, False),
+        (True, True),
+        (False, True),
+        (True, False),
+    ]
+    for first, again in zip(*results, strict=True):
+        assert same(again, first)
+        assert (first.gradients is None) == (again.gradients is None)
+        for t in first.gradients or ():
+            assert again.gradients is not None
+            assert np.array_equal(first.gradients[t], again.gradients[t])  # type: ignore[index]
+
+
+def test_a_waiting_gradient_survives_a_kill(tmp_path: Path) -> None:
+    """A result that came before its turn is found by the next driver, with its gradient, and not evaluated again."""
+    out = tmp_path / "run"
+
+    def committer(opened: ExitStack) -> Committer:
+        rundir = opened.enter_context(RunDirectory(out))
+        journal = opened.enter_context(Journal(out / "journal.jsonl"))
+        executor = InlineExecutor(Counting)
+        return opened.enter_context(closing(Committer(journal, executor, rundir, lambda: False, gradient_shape=(2, 3))))
+
+    Counting.seen = []
+    with ExitStack() as opened:
+        c = committer(opened)
+        c.submit([(0, RECIPES[0]), (1, RECIPES[1])], ALL, gradients=ASKED)
+        c.commit(1, RECIPES[1], ALL, gradients=ASKED)  # the other arrives meanwhile, and the driver ends
+    with ExitStack() as opened:
+        c = committer(opened)
+        c._journal.take("told")
+        c.submit([(0, RECIPES[0])], ALL, gradients=ASKED)
+        e = c.commit(0, RECIPES[0], ALL, gradients=ASKED)
+
+    assert Counting.seen == [(0, "all"), (1, "all")]
+    assert e.gradients is not None
+    assert e.gradients["a"].shape == (2, 3)

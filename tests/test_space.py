@@ -529,6 +529,77 @@ def test_slerp_weight_of_the_only_expert_is_t(m: Manifest) -> None:
     assert one.sources == {"math": {"weight": 1.0}}
 
 
+# -- the gradient by the genome ---------------------------------------------------
+
+LAMBDA: Data = {"low": 0.2, "high": 2.0, "log": True, "default": 1.0}
+SMOOTH: list[Data] = [
+    {"groups": "all"},
+    {"groups": "layers", "params": {"lambda": 0.4}},
+    {"groups": {"buckets": 2}, "axes": {"weight": WEIGHT, "lambda": LAMBDA}},
+    {"groups": "all", "axes": {"lambda": LAMBDA}, "params": {"weight": 0.3}, "experts": ["code"]},
+    {"method": "linear", "groups": "layer-modules"},
+    {"method": "linear", "groups": [{"name": "first", "match": {"layers": [0, 1]}}], "experts": ["math"]},
+    {"method": "linear", "groups": "layers", "params": {"normalize": False}},
+]
+
+
+@pytest.mark.parametrize("data", SMOOTH, ids=str)
+def test_the_gradient_is_the_slope(data: Data, m: Manifest) -> None:
+    """For a loss that is linear in the weights, <G_b, W_b> summed over blocks: against central differences."""
+    space = space_of(m, **data)
+    rng = np.random.default_rng(1)
+    weights = {n: rng.standard_normal((len(m.blocks), 5)) for n in m.hashes}
+    slopes = rng.standard_normal((len(m.blocks), 5))
+    differences = [weights["base"], *(weights[e] - weights["base"] for e in m.experts)]
+    products = np.stack([(slopes * c).sum(axis=1) for c in differences], axis=1)
+    g = frozen_genome(rng.integers(2000, 8000, len(space.axes)) / 10000)
+
+    def loss(at: Any) -> float:
+        rules, total = space.decode(frozen_genome(at), m).blocks, 0.0
+        for b, name in enumerate(m.blocks):
+            base, rule = weights["base"][b], rules.get(name)
+            built = base
+            if rule is not None:
+                each = [(c["weight"], weights[s][b]) for s, c in rule.sources.items()]
+                if rule.method == "task_arithmetic":
+                    built = base + float(rule.params["lambda"]) * sum(w * (x - base) for w, x in each)
+                else:
+                    built = sum(w * x for w, x in each) / (sum(w for w, _ in each) if rule.params["normalize"] else 1)
+            total += float(slopes[b] @ built)
+        return total
+
+    step = 1e-3
+    expected = [(loss(g + step * e) - loss(g - step * e)) / (2 * step) for e in np.eye(len(g))]
+    assert space.why_no_gradient() is None
+    # Coefficients are rounded to 1e-6, which differences of 2e-3 see on axes whose values are no multiples of it.
+    assert np.allclose(space.gradient(g, products, m), expected, rtol=2e-3, atol=1e-3 * np.abs(expected).max())
+
+
+def test_weights_that_sum_to_nothing_have_no_slope(m: Manifest) -> None:
+    """Where the base is built in the place of what cannot be normalised, the derivative is 0, and finite."""
+    products = np.ones((len(m.blocks), 3))
+    half = frozen_genome(np.array([0.75, 0.25]))  # 1 and 0
+    for space, g in (
+        (
+            space_of(m, method="linear", axes={"weight": {"low": -1.0, "high": 1.0}}),
+            frozen_genome(np.array([1.0, 0.0])),
+        ),
+        (space_of(m, method="linear", params={"normalize": False}), frozen_genome(np.array([0.25, 0.25]))),
+    ):
+        assert not space.decode(g, m).blocks
+        assert np.array_equal(space.gradient(g, products, m), np.zeros(2))
+        assert np.isfinite(space.gradient(half, products, m)).all()
+
+
+def test_what_has_no_gradient_says_why(m: Manifest) -> None:
+    """Methods that are not linear by name, and a choice of methods by its axis."""
+    assert space_of(m, method="ties").why_no_gradient() == (
+        "ties is not linear in its coefficients; use linear or task_arithmetic"
+    )
+    assert "dare_linear is not linear" in str(space_of(m, method="dare_linear").why_no_gradient())
+    assert "axis 'method'" in str(space_of(m, method=["linear", "task_arithmetic"]).why_no_gradient())
+
+
 # -- the library ------------------------------------------------------------
 
 

@@ -58,6 +58,14 @@ class Method:
         """Names of the coefficients that a block has one of."""
         return tuple(n for n, c in self.coefficients.items() if c.per == "block")
 
+    @property
+    def linear(self) -> bool:
+        """True where weights are a linear combination of whole sources (or its quotient by the sum of weights).
+
+        Then inner products with the sources give the derivative by every coefficient.
+        """
+        return self.sparsify == "none" and self.consensus == "none" and self.combine != "spherical"
+
     def adds_to_base(self, options: Mapping[str, Scalar]) -> bool:
         """True where differences from the base are combined and added to it."""
         if self.delta == "either":

@@ -19,7 +19,7 @@ Columns, one value per item (s_c is the summed log-probability of choice c, in n
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -140,6 +140,24 @@ class MultipleChoice:
         sums = self.choice_logprobs(candidate.model, plan, positions)
         return columns(sums, [plan.trees[i] for i in positions])
 
+    def mean_in_parts(
+        self, candidate: Scorable, plan: ChoicePlan, positions: tuple[int, ...], metric: str
+    ) -> Iterator[Tensor]:
+        """The mean of `probability`, `cross_entropy` or `answer_loss` (see `score.plan.Differentiable`).
+
+        The shared prefix is run with every item: its keys and values depend on the weights, too.
+        """
+        model = candidate.model
+        trees = tuple(_with_prefix(plan.prefix, plan.trees[i]) for i in positions)
+        alone = replace(plan, prefix=plan.prefix[:0], trees=trees)
+        branches = takes_branches(model.config)
+        for batch in _batches(model, alone, tuple(range(len(trees)))):
+            sums = _run(model, batch, None) if branches else _run_rows(model, batch, alone.prefix)
+            if not bool(sums.isfinite().all()):
+                raise NonFinite(f"task {plan.task!r}: log-probabilities are NaN or infinite")
+            values = [_value(s, trees[p], metric) for s, p in zip(sums.split(batch.counts), batch.order, strict=True)]
+            yield torch.stack(values).sum() / len(trees)
+
     def choice_logprobs(self, model: Any, plan: ChoicePlan, positions: tuple[int, ...]) -> list[NDArray[np.float64]]:
         """Per item the summed log-probability of every choice, shape (n_choices,), in nats."""
         key = (plan.id, positions)
@@ -236,6 +254,27 @@ def _tree(context: Sequence[int], choices: Sequence[Sequence[int]], offset: int,
         owners=np.array(owners, dtype=np.int32),
         lengths=tuple(len(c) for c in item.content.choices),
         gold=item.content.gold,
+    )
+
+
+def _value(sums: Tensor, tree: ChoiceTree, metric: str) -> Tensor:
+    """One item's column as a scalar tensor, from the summed log-probabilities of its choices (n_choices,)."""
+    right = sums[tree.gold]
+    if metric == "answer_loss":
+        return -right / int(np.count_nonzero(tree.owners == tree.gold))
+    log_p = right - sums.logsumexp(dim=0)
+    return log_p.exp() if metric == "probability" else -log_p
+
+
+def _with_prefix(prefix: NDArray[np.int32], tree: ChoiceTree) -> ChoiceTree:
+    """The tree that has the shared prefix (P,) as a part of its context."""
+    p = len(prefix)
+    return replace(
+        tree,
+        tokens=np.concatenate([prefix, tree.tokens]),
+        positions=np.concatenate([np.arange(p, dtype=np.int32), tree.positions]),
+        segments=np.concatenate([np.zeros(p, dtype=np.int32), tree.segments]),
+        rows=tree.rows + p,
     )
 
 

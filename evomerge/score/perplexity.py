@@ -101,6 +101,21 @@ class Perplexity:
             "loss": (nats / count).astype(np.float32),
         }
 
+    def mean_in_parts(
+        self, candidate: Scorable, plan: PerplexityPlan, positions: tuple[int, ...], metric: str
+    ) -> Iterator[Tensor]:
+        """The mean of `loss` or `bits_per_byte` (see `score.plan.Differentiable`)."""
+        if metric == "loss":
+            units = [float(sum(len(w.targets) for w in plan.windows[i])) for i in positions]
+        else:
+            units = [plan.lengths[i] * math.log(2) for i in positions]
+        for group in _batches(plan, positions):
+            nats, owners = _token_nats(candidate.model, [w for _, w in group])
+            if not bool(nats.isfinite().all()):
+                raise NonFinite(f"task {plan.task!r}: log-probabilities are NaN or infinite")
+            shares = np.array([1.0 / units[place] / len(positions) for place, _ in group])[owners]
+            yield nats @ torch.from_numpy(shares).to(nats.device, nats.dtype)
+
     def nats(self, model: Any, plan: PerplexityPlan, positions: tuple[int, ...]) -> NDArray[np.float64]:
         """Minus the summed log-probability of every text, shape (n,)."""
         out = np.zeros(len(positions))
@@ -140,6 +155,13 @@ def _batches(plan: PerplexityPlan, positions: tuple[int, ...]) -> Iterator[list[
 
 def _run(model: Any, windows: Sequence[Window]) -> list[float]:
     """Minus the summed log-probability of every window's targets."""
+    nats, owners = _token_nats(model, windows)
+    sums = np.bincount(owners, weights=nats.double().cpu().numpy(), minlength=len(windows))
+    return [float(x) for x in sums]
+
+
+def _token_nats(model: Any, windows: Sequence[Window]) -> tuple[Tensor, NDArray[np.int64]]:
+    """Minus the log-probability of every target, shape (T,), fp32, and the window that each belongs to."""
     length = max(len(w.tokens) for w in windows)
     tokens = np.zeros((len(windows), length), dtype=np.int64)
     rows, targets, owners = [], [], []
@@ -158,9 +180,8 @@ def _run(model: Any, windows: Sequence[Window]) -> list[float]:
     for at in range(0, len(hidden), step):
         logits = _logits(model, output, hidden[at : at + step]).float()
         picked = logits.gather(1, target[at : at + step, None])[:, 0]
-        parts.append((logits.logsumexp(dim=-1) - picked).double().cpu())
-    nats = np.bincount(np.concatenate(owners), weights=torch.cat(parts).numpy(), minlength=len(windows))
-    return [float(x) for x in nats]
+        parts.append(logits.logsumexp(dim=-1) - picked)
+    return torch.cat(parts), np.concatenate(owners)
 
 
 def _logits(model: Any, output: Any, hidden: Tensor) -> Tensor:

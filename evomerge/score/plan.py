@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from numpy.typing import NDArray
 
@@ -99,6 +99,19 @@ class Scorer(Protocol):
 
     def score(self, candidate: Scorable, plan: Any, positions: tuple[int, ...]) -> Mapping[str, NDArray[Any]]:
         """metric -> one float32 score per item, in the order of `positions`. Raises NonFinite on NaN logits."""
+        ...
+
+
+@runtime_checkable
+class Differentiable(Protocol):
+    """A scorer whose kind has metrics that can be differentiated (`TaskSpec.smooth` names them)."""
+
+    def mean_in_parts(self, candidate: Scorable, plan: Any, positions: tuple[int, ...], metric: str) -> Iterator[Any]:
+        """Scalar tensors, one a batch, whose sum is the mean of a metric over the items.
+
+        The caller takes a batch's derivative before it asks for the next one, so that activations of one batch are
+        in memory at a time. Raises NonFinite on NaN logits.
+        """
         ...
 
 

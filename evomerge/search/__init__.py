@@ -25,6 +25,7 @@ ALGORITHMS: Mapping[str, Algorithm] = {
     "cma-es": Algorithm(
         "evomerge.search.cmaes:CmaEs", "covariance matrix adaptation, restarts with doubled population"
     ),
+    "adam": Algorithm("evomerge.search.adam:Adam", "gradient descent on the coefficients, through the merged model"),
     "ga": Algorithm("evomerge.search.ga:Ga", "tournaments, blend crossover, mutation: a plain baseline"),
     "greedy-soup": Algorithm("evomerge.search.greedy_soup:GreedySoup", "experts join a plain mean where that helps"),
     "frank-wolfe": Algorithm("evomerge.search.frank_wolfe:FrankWolfe", "steps towards the expert that helps most"),

@@ -20,13 +20,13 @@ class Needs:
 
     `scope`: within which set of proposals losses must be comparable (scored on the same items): those of a
     generation; those of a generation and the incumbents, which an `Elitist` has renewed; all that were told (archive);
-    or whole ones, as only the best seen counts (best).
+    whole ones, as only the best seen counts (best); or none at all.
     """
 
     objectives: Literal["one", "several", "any"] = "one"
     axis_kinds: frozenset[str] = frozenset({"float", "int", "categorical"})
     per_item_scores: bool = False
-    scope: Literal["generation", "incumbents", "archive", "best"] = "generation"
+    scope: Literal["none", "generation", "incumbents", "archive", "best"] = "generation"
     constraints: bool = False
     """Whether it looks at `Result.violation` itself."""
     proposes: Literal["genomes", "recipes"] = "genomes"
@@ -42,6 +42,8 @@ class Needs:
     (experts, options) -> all candidates of those that propose recipes. Constraints have no model: they know none."""
     most_axes: int | None = None
     """Axes beyond which it is of no use; None where there is no such number."""
+    gradients: bool = False
+    """Whether it is told `Result.gradient`."""
 
 
 class Optimizer(Protocol):

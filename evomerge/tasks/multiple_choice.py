@@ -43,6 +43,13 @@ class MultipleChoiceSpec(Prompted):
         "answer_loss": "lower",
     }
     shares: ClassVar[frozenset[str]] = frozenset({"accuracy", "accuracy_norm", "probability"})
+    smooth: ClassVar[Mapping[str, str]] = {
+        "accuracy": "probability",
+        "accuracy_norm": "probability",
+        "probability": "probability",
+        "cross_entropy": "cross_entropy",
+        "answer_loss": "answer_loss",
+    }
 
     kind: Literal["multiple_choice"] = "multiple_choice"
     metric: str = Field("accuracy", description="what the search optimises")

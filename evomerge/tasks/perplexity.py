@@ -23,6 +23,7 @@ class PerplexitySpec(TaskSpec):
     """Scored by the log-likelihood of whole texts, in windows where they are long (`score/perplexity.py`)."""
 
     metrics: ClassVar[Mapping[str, Direction]] = {"bits_per_byte": "lower", "loss": "lower"}
+    smooth: ClassVar[Mapping[str, str]] = {"bits_per_byte": "bits_per_byte", "loss": "loss"}
 
     kind: Literal["perplexity"]
     metric: str = Field("bits_per_byte", description="what the search optimises")

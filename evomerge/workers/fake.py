@@ -22,6 +22,7 @@ class FakeEvaluator:
     """
 
     metrics: tuple[str, ...] = ("accuracy", "cross_entropy")
+    gradient_shape: tuple[int, int] = (2, 3)
     latency: float = 0.0
     failures: Mapping[int, str] = field(default_factory=dict)
 
@@ -48,4 +49,5 @@ class FakeEvaluator:
             task: {m: rng.random(len(at)).astype(np.float32) for m in self.metrics}
             for task, at in job.items.tasks.items()
         }
-        return Evaluation("ok", scores), Telemetry()
+        gradients = {t: rng.standard_normal(self.gradient_shape).astype(np.float32) for t, _ in job.gradients}
+        return Evaluation("ok", scores, gradients=gradients if job.gradients else None), Telemetry()
