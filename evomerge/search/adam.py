@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from evomerge.proposal import Genome, Proposal, Result, frozen_genome
-from evomerge.search.base import Ids, Needs, Start
+from evomerge.search.base import Ids, Needs, Start, check_told
 from evomerge.space import Axis
 
 EPSILON = 1e-8
@@ -78,11 +78,8 @@ class Adam:
 
     def tell(self, p: Proposal, r: Result) -> None:
         """Take a step. Raises ValueError for a stranger, told twice, a NaN loss, or a result without its gradient."""
-        if p.id != self._waiting:
-            raise ValueError(f"proposal {p.id} was told but is not waiting; was it returned by ask()?")
+        check_told(p, r, [self._waiting])
         loss = r.loss
-        if math.isnan(loss):
-            raise ValueError(f"proposal {p.id} was told a loss of NaN; failures are +inf")
         assert p.genome is not None
         if r.gradient is None and math.isfinite(loss):
             raise ValueError(f"proposal {p.id} was told without its gradient")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -152,6 +152,17 @@ class Start:
 
 Ids = Iterator[int]
 """Numbers proposals; shared by all optimizers of a run."""
+
+
+def check_told(p: Proposal, r: Result, waiting: Container[object], objectives: int = 1) -> None:
+    """What every `tell` asks first. Raises ValueError for a stranger, told twice, and for losses that are NaN or too
+    many or few."""
+    if p.id not in waiting:
+        raise ValueError(f"proposal {p.id} was told but is not waiting; was it returned by ask()?")
+    if len(r.losses) != objectives:
+        raise ValueError(f"proposal {p.id} was told {len(r.losses)} losses, expected {objectives}")
+    if np.isnan(r.losses).any():
+        raise ValueError(f"proposal {p.id} was told a loss of NaN; failures are +inf")
 
 
 def check_renewed(results: Mapping[int, Result], incumbents: Collection[int]) -> None:

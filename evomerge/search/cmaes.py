@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from evomerge.proposal import Proposal, Result, frozen_genome
-from evomerge.search.base import Ids, Needs, Start
+from evomerge.search.base import Ids, Needs, Start, check_told
 from evomerge.space import Axis
 
 FULL_COVARIANCE_AXES = 200
@@ -139,11 +139,8 @@ class CmaEs:
 
         Raises ValueError for a proposal of another generation, told twice, or a NaN loss.
         """
-        if p.id not in self._order or p.id in self._losses:
-            raise ValueError(f"proposal {p.id} was told but is not waiting; was it returned by ask()?")
+        check_told(p, r, {*self._order} - self._losses.keys())
         loss = r.loss
-        if math.isnan(loss):
-            raise ValueError(f"proposal {p.id} was told a loss of NaN; failures are +inf")
         self._losses[p.id] = loss
         if p.genome is not None:
             # On another host the journalled genome may differ in the last bits. Then pycma is told its own vector:

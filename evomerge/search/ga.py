@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from evomerge.proposal import Genome, Proposal, Result, frozen_genome
-from evomerge.search.base import Ids, Needs, Start, check_renewed
+from evomerge.search.base import Ids, Needs, Start, check_renewed, check_told
 from evomerge.space import Axis
 
 
@@ -107,14 +107,10 @@ class Ga:
 
     def tell(self, p: Proposal, r: Result) -> None:
         """Report one result. Raises ValueError for a stranger, told twice, or a NaN loss."""
-        if p.id not in self._waiting:
-            raise ValueError(f"proposal {p.id} was told but is not waiting; was it returned by ask()?")
-        loss = r.loss
-        if math.isnan(loss):
-            raise ValueError(f"proposal {p.id} was told a loss of NaN; failures are +inf")
+        check_told(p, r, self._waiting)
         del self._waiting[p.id]
         assert p.genome is not None
-        self._told.append((loss, p.id, p.genome))
+        self._told.append((r.loss, p.id, p.genome))
         if not self._waiting:
             self._parents = [*self._elite, *self._told]
             self._elite = sorted(self._parents, key=lambda m: m[:2])[: self._options.elite]

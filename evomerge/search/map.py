@@ -17,7 +17,7 @@ import numpy as np
 
 from evomerge.pareto import Losses, order
 from evomerge.proposal import Genome, Proposal, Result, frozen_genome
-from evomerge.search.base import Ids, Needs, Start
+from evomerge.search.base import Ids, Needs, Start, check_told
 from evomerge.search.nsga2 import Nsga2
 from evomerge.search.nsga2 import Options as Nsga2Options
 from evomerge.search.optuna_study import LAST_BITS
@@ -164,12 +164,7 @@ class Map:
         if self._nsga2 is not None:
             self._nsga2.tell(p, r)
             return
-        if p.id not in self._waiting:
-            raise ValueError(f"proposal {p.id} was told but is not waiting; was it returned by ask()?")
-        if np.isnan(r.losses).any():
-            raise ValueError(f"proposal {p.id} was told a loss of NaN; failures are +inf")
-        if len(r.losses) != self._begin.objectives:
-            raise ValueError(f"proposal {p.id} was told {len(r.losses)} losses, expected {self._begin.objectives}")
+        check_told(p, r, self._waiting, self._begin.objectives)
         asked = self._waiting.pop(p.id)
         if np.isfinite(r.losses).all():
             assert p.genome is not None

@@ -19,7 +19,7 @@ import numpy as np
 from evomerge.errors import UserError
 from evomerge.proposal import Genome, Proposal, Result, frozen_genome
 from evomerge.search.archive import Archive, Cells, Dimension, Grid, Voronoi, centroids
-from evomerge.search.base import Ids, Needs, Start
+from evomerge.search.base import Ids, Needs, Start, check_told
 from evomerge.space import Axis
 
 MOST_CELLS = 1000
@@ -125,11 +125,8 @@ class MapElites:
 
         Raises ValueError for a stranger, told twice, a NaN loss, or other than as many finite measures as there are.
         """
-        if p.id not in self._waiting:
-            raise ValueError(f"proposal {p.id} was told but is not waiting; was it returned by ask()?")
+        check_told(p, r, self._waiting)
         loss = r.loss
-        if math.isnan(loss):
-            raise ValueError(f"proposal {p.id} was told a loss of NaN; failures are +inf")
         assert p.genome is not None
         if math.isfinite(loss):
             if r.measures.shape != (len(self._start.measures),):

@@ -19,7 +19,7 @@ import numpy as np
 
 from evomerge.pareto import Losses
 from evomerge.proposal import Proposal, Result
-from evomerge.search.base import Ids, Needs, Start
+from evomerge.search.base import Ids, Needs, Start, check_told
 from evomerge.search.map import space_filling
 from evomerge.search.recipes import Mix, arithmetic
 from evomerge.search.surrogate import Points, Values, fit, front_of, losses_of, unknowns
@@ -144,12 +144,7 @@ class NestedMap:
 
     def tell(self, p: Proposal, r: Result) -> None:
         """Report one result. Raises ValueError for a stranger, told twice, or a NaN loss."""
-        if p.id not in self._told or self._told[p.id] is not None:
-            raise ValueError(f"proposal {p.id} was told but is not waiting; was it returned by ask()?")
-        if np.isnan(r.losses).any():
-            raise ValueError(f"proposal {p.id} was told a loss of NaN; failures are +inf")
-        if len(r.losses) != self._objectives:
-            raise ValueError(f"proposal {p.id} was told {len(r.losses)} losses, expected {self._objectives}")
+        check_told(p, r, [i for i, known in self._told.items() if known is None], self._objectives)
         self._told[p.id] = r.losses
         told = [x for x in self._told.values() if x is not None]
         if self._queue or len(told) < len(self._told):

@@ -23,7 +23,7 @@ from evomerge.errors import UserError
 from evomerge.manifest import Manifest
 from evomerge.proposal import Proposal, Result
 from evomerge.recipe import Recipe, Segments
-from evomerge.search.base import Column, Geometry, Ids, Needs, Start, check_renewed
+from evomerge.search.base import Column, Geometry, Ids, Needs, Start, check_renewed, check_told
 from evomerge.space import Axis
 
 Array = NDArray[np.float64]
@@ -315,10 +315,7 @@ class Niches:
 
         Raises ValueError for a stranger, told twice, or a NaN loss; UserError for scores outside of [0, 1].
         """
-        if p.id not in self._waiting:
-            raise ValueError(f"proposal {p.id} was told but is not waiting; was it returned by ask()?")
-        if math.isnan(r.loss):
-            raise ValueError(f"proposal {p.id} was told a loss of NaN; failures are +inf")
+        check_told(p, r, self._waiting)
         mix = self._waiting.pop(p.id)
         row = self._row(r)
         if row is not None:

@@ -17,7 +17,7 @@ import numpy as np
 
 from evomerge.pareto import Losses
 from evomerge.proposal import Genome, Proposal, Result, frozen_genome
-from evomerge.search.base import Ids, Start, check_renewed
+from evomerge.search.base import Ids, Start, check_renewed, check_told
 from evomerge.space import Axis
 
 LAST_BITS = 1e-6
@@ -131,12 +131,7 @@ class Trials:
 
     def tell(self, p: Proposal, r: Result) -> bool:
         """Report one result; False where it failed. Raises ValueError for a stranger and for NaN losses."""
-        if p.id not in self._waiting:
-            raise ValueError(f"proposal {p.id} was told but is not waiting; was it returned by ask()?")
-        if np.isnan(r.losses).any():
-            raise ValueError(f"proposal {p.id} was told a loss of NaN; failures are +inf")
-        if len(r.losses) != self._objectives:
-            raise ValueError(f"proposal {p.id} was told {len(r.losses)} losses, expected {self._objectives}")
+        check_told(p, r, self._waiting, self._objectives)
         trial, asked = self._waiting.pop(p.id)
         state = self._optuna.trial.TrialState
         if not np.isfinite(r.losses).all():

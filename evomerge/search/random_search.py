@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from evomerge.proposal import Proposal, Result, frozen_genome
-from evomerge.search.base import Ids, Needs, Start
+from evomerge.search.base import Ids, Needs, Start, check_told
 from evomerge.space import Axis
 
 
@@ -65,10 +65,7 @@ class RandomSearch:
     def tell(self, p: Proposal, r: Result) -> None:
         """Learn nothing. Raises ValueError for a proposal that was not asked or was told already,
         or a NaN loss."""
-        if p.id not in self._waiting:
-            raise ValueError(f"proposal {p.id} was told but is not waiting; was it returned by ask()?")
-        if np.isnan(r.losses).any():
-            raise ValueError(f"proposal {p.id} was told a loss of NaN; failures are +inf")
+        check_told(p, r, self._waiting, len(r.losses))
         self._waiting.remove(p.id)
 
     def stop(self) -> Mapping[str, float]:

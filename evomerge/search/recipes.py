@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 from evomerge.manifest import Manifest
 from evomerge.proposal import Proposal, Result
 from evomerge.recipe import Match, Recipe, Rule
-from evomerge.search.base import Ids, Start
+from evomerge.search.base import Ids, Start, check_told
 
 Mix = Mapping[str, float]
 """Source -> its share; shares sum to 1, and what is missing is the base's."""
@@ -66,10 +65,6 @@ class Mixes:
 
         Raises ValueError for a stranger, told twice, or a NaN loss.
         """
-        if p.id not in self._waiting:
-            raise ValueError(f"proposal {p.id} was told but is not waiting; was it returned by ask()?")
-        loss = r.loss
-        if math.isnan(loss):
-            raise ValueError(f"proposal {p.id} was told a loss of NaN; failures are +inf")
-        self._told.append((loss, self._waiting.pop(p.id)))
+        check_told(p, r, self._waiting)
+        self._told.append((r.loss, self._waiting.pop(p.id)))
         return self._told if self.done else None
