@@ -531,11 +531,11 @@ def _merge(args: argparse.Namespace) -> int:
 
 
 def _score(args: argparse.Namespace) -> int:
-    from evomerge.config import is_experiment, load
+    from evomerge.config import fitness_of, is_experiment, load
     from evomerge.evaluate import pick_device
     from evomerge.export.verify import is_recipe, open_recipe_pool, recipe_paths
     from evomerge.fitness import resolve_fitness
-    from evomerge.prepare import check_device, fitness_of
+    from evomerge.prepare import check_device
     from evomerge.recipe import Recipe
     from evomerge.report.results import interval
     from evomerge.standalone import score_folder, score_recipe

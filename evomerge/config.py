@@ -406,3 +406,9 @@ def is_experiment(path: Path) -> bool:
         return False
     data = load_yaml(path)
     return isinstance(data, dict) and "fitness" in data
+
+
+def fitness_of(experiment: Experiment) -> FitnessSpec:
+    """The resolved fitness."""
+    assert isinstance(experiment.fitness, FitnessSpec)
+    return experiment.fitness

@@ -12,14 +12,14 @@ from typing import Any, Self
 import numpy as np
 
 from evomerge.canonical import decode_array
-from evomerge.config import Experiment, load
+from evomerge.config import Experiment, fitness_of, load
 from evomerge.errors import UserError
 from evomerge.items import split_half, taken
 from evomerge.journal import Event, read, scores_from_json, whole
 from evomerge.manifest import Manifest
 from evomerge.objective import Objective
 from evomerge.pareto import Losses
-from evomerge.prepare import bind_spaces, fitness_of, needed_metrics
+from evomerge.prepare import bind_spaces, needed_metrics
 from evomerge.proposal import GRADIENT_PRICE, Evaluation, ItemSet, Scores, frozen_genome
 from evomerge.recipe import Recipe
 from evomerge.rundir import EXPERIMENT, JOURNAL

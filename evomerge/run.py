@@ -18,22 +18,14 @@ import numpy as np
 from evomerge.budget import Allowance
 from evomerge.canonical import encode_array
 from evomerge.commit import Committer
-from evomerge.config import Budget, Experiment
+from evomerge.config import Budget, Experiment, fitness_of
 from evomerge.errors import RunError, UserError
 from evomerge.history import History
 from evomerge.items import behind, make_policy
 from evomerge.journal import Journal
 from evomerge.objective import differentiated, products
 from evomerge.pareto import compromise, fronts, order
-from evomerge.prepare import (
-    Prepared,
-    allowance_of,
-    fitness_of,
-    gradient_shape,
-    make_executor,
-    needed_metrics,
-    prepare,
-)
+from evomerge.prepare import Prepared, allowance_of, gradient_shape, make_executor, needed_metrics, prepare
 from evomerge.progress import Progress, Silent
 from evomerge.proposal import GRADIENT_PRICE, Evaluation, Genome, ItemSet, Proposal, Result, Scores
 from evomerge.rundir import EXPERIMENT, JOURNAL, Before, RunDirectory, before

@@ -10,12 +10,13 @@ import numpy as np
 
 from evomerge.canonical import decode_array, encode_array
 from evomerge.commit import Committer
+from evomerge.config import fitness_of
 from evomerge.errors import UserError
 from evomerge.items import taken
 from evomerge.journal import Journal
 from evomerge.objective import Objective
 from evomerge.pareto import Losses, order
-from evomerge.prepare import Prepared, fitness_of
+from evomerge.prepare import Prepared
 from evomerge.progress import Progress
 from evomerge.proposal import Differentiated, Evaluation, ItemSet, Proposal, Result, Scores, frozen_genome
 from evomerge.recipe import Recipe

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from evomerge import evaluate as evaluating
-from evomerge.config import load
+from evomerge.config import fitness_of, load
 from evomerge.merge import gradient as module
 from evomerge.merge.live import load_tokenizer
 from evomerge.objective import differentiated, products
-from evomerge.prepare import Prepared, fitness_of, prepare
+from evomerge.prepare import Prepared, prepare
 from evomerge.proposal import Differentiated, Evaluation, Genome, ItemSet, Job, WorkUnit, frozen_genome
 from evomerge.recipe import Recipe
 from evomerge.space import RuleSpace

@@ -41,6 +41,7 @@ LEVELS = tuple(
     search layer_swap fitness
     config
     objective budget items importance
+    refusals
     prepare
     progress history standalone check inspect_pool
     session warm export.mergekit export.record report.results report.status

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from evomerge.config import fitness_of
 from evomerge.history import History
-from evomerge.prepare import fitness_of
 
 
 def scores_for_record(history: History, candidate: int) -> tuple[dict[str, Any], dict[str, Any]]:

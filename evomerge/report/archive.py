@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from evomerge.config import fitness_of
 from evomerge.errors import UserError
 from evomerge.history import Entry, History
-from evomerge.prepare import fitness_of
 from evomerge.report.results import interval
 from evomerge.search.archive import Archive, Cells, Grid
 

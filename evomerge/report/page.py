@@ -19,12 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from evomerge.config import AdaptiveItems
+from evomerge.config import AdaptiveItems, fitness_of
 from evomerge.errors import UserError
 from evomerge.files import replace_file
 from evomerge.history import Entry, History
 from evomerge.pareto import Losses
-from evomerge.prepare import fitness_of
 from evomerge.proposal import Scores
 from evomerge.recipe import Recipe
 from evomerge.report import figures, html

@@ -50,9 +50,9 @@ def write_model(folder: Path, dtype: str, seed: int) -> str:
 def measure(base: str, expert: str, what: str) -> dict[str, Any]:
     """One candidate: seconds, and mebibytes beyond what is resident once it is built."""
     from evomerge import evaluate
-    from evomerge.config import load
+    from evomerge.config import fitness_of, load
     from evomerge.objective import differentiated
-    from evomerge.prepare import baselines, fitness_of, prepare
+    from evomerge.prepare import baselines, prepare
     from evomerge.proposal import ItemSet, Job, WorkUnit
 
     evaluate.RECOMPUTE_ABOVE = 0 if what == "recomputed" else 2**60

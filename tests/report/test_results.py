@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from evomerge.config import fitness_of
 from evomerge.history import History
-from evomerge.prepare import fitness_of
 from evomerge.report.results import (
     MEAN,
     Results,

@@ -1,0 +1,233 @@
+"""What an experiment cannot ask for together, refused with the way out, and what deserves a note.
+
+Nothing here opens a model: the experiment, its items and its bound spaces are enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from evomerge.budget import Allowance
+from evomerge.config import AdaptiveItems, Experiment, Search, Stage, fitness_of
+from evomerge.errors import UserError
+from evomerge.fitness import FitnessSpec
+from evomerge.items import POLICIES
+from evomerge.proposal import GRADIENT_PRICE
+from evomerge.search import ALGORITHMS, needs_of
+from evomerge.search.base import Needs
+from evomerge.search.cmaes import default_population
+from evomerge.space import RuleSpace, SearchSpace
+from evomerge.tasks import KINDS
+from evomerge.tasks.base import Item
+
+
+def check_algorithms(experiment: Experiment) -> None:
+    """Raises UserError where an algorithm cannot have the number of objectives, a lag, or the policy of items.
+
+    `auto` picks one that can.
+    """
+    goals = [g.name for g in fitness_of(experiment).goals]
+    for stage in experiment.stages:
+        if experiment.is_auto(stage):
+            continue
+        name, _ = experiment.algorithm_of(stage)
+        needs = needs_of(name)
+        if experiment.search.lag is not None and not needs.steady:
+            raise UserError(f"search.lag: {name} learns from whole generations and has no steady state; drop lag")
+        check_items(experiment.search, name, needs)
+        able = [a for a in ALGORITHMS if needs_of(a).objectives in ("any", "one" if len(goals) == 1 else "several")]
+        if needs.objectives == "one" and len(goals) > 1:
+            raise UserError(
+                f"search: {name} minimises one loss, the fitness has {len(goals)} objectives ({', '.join(goals)}); "
+                f"use {' or '.join(able)}, or one objective over all tasks"
+            )
+        if needs.objectives == "several" and len(goals) == 1:
+            raise UserError(
+                f"search: {name} is for several objectives, the fitness has one; "
+                f"use {' or '.join(able)}, or name several under fitness.objectives"
+            )
+        if needs.measures > len(fitness_of(experiment).measures):
+            task = experiment.benchmarks[0]
+            count = "measures" if needs.measures == 1 else f"{needs.measures} measures or more"
+            raise UserError(
+                f"search: {name} needs {count} to lay its archive out by; name some under fitness.measures, such as "
+                f"{{name: {task.name}, tasks: [{task.name}], metric: {task.metric}, low: 0, high: 1, cells: 10}}"
+            )
+        if needs.design is not None and fitness_of(experiment).constraints:
+            raise UserError(
+                f"search: {name} models the objectives and knows no constraints; use nsga-ii or nsga-iii, or make "
+                "each constraint an objective"
+            )
+        if needs.gradients:
+            check_tasks_for_gradients(experiment, name)
+        if needs.per_item_scores:
+            for goal in fitness_of(experiment).goals:
+                for task, _ in fitness_of(experiment).weights_of(goal):
+                    if not task.benchmark:
+                        raise UserError(
+                            f"search: {name} compares models item by item, but task {task.name!r} scores a model as "
+                            "a whole; leave it out of the objective"
+                        )
+
+
+def check_items(search: Search, algorithm: str, needs: Needs) -> None:
+    """Raises UserError where the losses that a policy of items gives are no use to an algorithm."""
+    policy = search.items if isinstance(search.items, str) else search.items.policy
+    if policy not in POLICIES[needs.scope]:
+        able = [a for a in ALGORITHMS if policy in POLICIES[needs_of(a).scope]]
+        why = f"compares candidates across generations, which {policy} items do not allow"
+        if needs.scope == "none":
+            why = f"compares no candidates, which {policy} items go by"
+        accepted = " or ".join(POLICIES[needs.scope])
+        raise UserError(f"search.items: {algorithm} {why}; use items: {accepted}, or {' or '.join(able)}")
+    if policy != "full" and search.lag is not None:
+        raise UserError(f"search.lag: {policy} items are common to a generation, steady state has none; drop one")
+
+
+def check_tasks_for_gradients(experiment: Experiment, algorithm: str) -> None:
+    """Raises UserError where a task of the objective has no gradient."""
+    fitness = fitness_of(experiment)
+    for task, _ in fitness.weights_of(fitness.goals[0]):
+        if not task.smooth:
+            able = " or ".join(name for name, kind in KINDS.items() if kind.spec.smooth)
+            raise UserError(
+                f"search: {algorithm} follows gradients, but task {task.name!r} of kind {task.kind} has none; "
+                f"search on tasks of kind {able}, or use cma-es"
+            )
+
+
+def check_units(fitness: FitnessSpec) -> None:
+    """Raises UserError where forgetting would add what is lost in one unit to what is lost in another.
+
+    Tasks with weights of their own in the objective say what one unit is worth in the other.
+    """
+    for goal in (*fitness.goals, *fitness.constraints):
+        if goal.kind == "forgetting" and (listed := fitness.units_added_by(goal)):
+            weights = ", ".join(f"{t.name}: 1" for t, _ in fitness.weights_of(goal))
+            raise UserError(
+                f"fitness: {goal.name} would add up losses in different units ({listed}); name tasks of one unit "
+                f"under its `tasks`, or say what a unit of each is worth: tasks: {{{weights}}}"
+            )
+
+
+def check_gradients(experiment: Experiment, spaces: Sequence[SearchSpace]) -> list[str]:
+    """Notes for stages that follow gradients: what one costs, and where it is of something else than the objective.
+
+    Raises UserError where a stage needs gradients that its space does not have.
+    """
+    notes = []
+    fitness = fitness_of(experiment)
+    for n, (stage, space) in enumerate(zip(experiment.stages, spaces, strict=True)):
+        name, _ = experiment.algorithm_of(stage)
+        if not needs_of(name).gradients:
+            continue
+        why = "layer swapping has no derivative" if not isinstance(space, RuleSpace) else space.why_no_gradient()
+        if why is not None:
+            raise UserError(f"search: {at_stage(n, experiment.stages)}{name} needs gradients, but {why}")
+        notes.append(
+            f"{at_stage(n, experiment.stages)}a candidate of {name} counts as {1 + GRADIENT_PRICE} item evaluations "
+            "for each of its items: the score, a forward and a backward pass"
+        )
+        if fitness.floor or fitness.constraints or fitness.goals[0].kind != "weighted_mean":
+            notes.append(
+                f"{at_stage(n, experiment.stages)}{name} follows the weighted mean of the tasks' metrics; floor, "
+                "constraints and kind of the objective count where candidates are ranked"
+            )
+    return notes
+
+
+def check_axes(experiment: Experiment, spaces: Sequence[SearchSpace]) -> None:
+    """Raises UserError where a stage has axes of a kind, or more of them, than its algorithm can search."""
+    for n, (stage, space) in enumerate(zip(experiment.stages, spaces, strict=True)):
+        name, _ = experiment.algorithm_of(stage)
+        needs = needs_of(name)
+        if needs.proposes == "recipes":
+            continue
+        for axis in space.axes:
+            if axis.kind not in needs.axis_kinds:
+                raise UserError(
+                    f"search: {at_stage(n, experiment.stages)}{name} cannot search the {axis.kind} axis {axis.name!r}; "
+                    "fix it in the space, or use algorithm: auto"
+                )
+        if needs.most_axes is not None and len(space.axes) > needs.most_axes:
+            raise UserError(
+                f"search: {at_stage(n, experiment.stages)}{name} is for at most {needs.most_axes} axes, the space has "
+                f"{len(space.axes)}; search fewer (groups: all), or use map or algorithm: auto"
+            )
+
+
+def check_designs(
+    experiment: Experiment, spaces: Sequence[SearchSpace], experts: Sequence[str], allowance: Allowance
+) -> None:
+    """Raises UserError where a budget does not hold the design that an algorithm rests on, and a generation of what it
+    learns from it; names the budget that does."""
+    for n, (stage, space) in enumerate(zip(experiment.stages, spaces, strict=True)):
+        name, options = experiment.algorithm_of(stage)
+        design, budget = needs_of(name).design, allowance.of_stage(n)
+        if design is None or budget is None:
+            continue
+        if needs_of(name).proposes == "recipes":
+            size, what, fewer = len(experts), "experts", "name fewer experts"
+            parts = {"of its merges": design(size, options)}
+        else:
+            size, what, fewer = len(space.axes), "axes", "search fewer axes (groups: all, or buckets)"
+            parts = {"of its design": design(size, options), "of the front": options.population}
+        if n == 0 and experiment.search.probes and (probes := len(space.probes())) <= budget / 4:
+            parts["probes"] = probes
+        wanted = sum(parts.values())
+        if wanted > budget:
+            raise UserError(
+                f"search: {at_stage(n, experiment.stages)}{name} needs {wanted} candidates for {size} {what} "
+                f"({', '.join(f'{k} {part}' for part, k in parts.items())}), the budget is {budget}; raise it, "
+                f"{fewer}, or use algorithm: auto"
+            )
+
+
+def check_populations(experiment: Experiment, spaces: Sequence[SearchSpace], allowance: Allowance) -> list[str]:
+    """A note for each stage that ends within its first generation, where the algorithm learns nothing.
+
+    Raises UserError where not even the whole budget would hold that generation.
+    """
+    notes = []
+    for n, (stage, space) in enumerate(zip(experiment.stages, spaces, strict=True)):
+        name, options = experiment.algorithm_of(stage)
+        budget = allowance.of_stage(n)
+        population = getattr(options, "population", None)
+        if name == "cma-es" and population is None:
+            population = default_population(len(space.axes))
+        if budget is None or population is None or needs_of(name).steady or population <= budget:
+            continue
+        where = at_stage(n, experiment.stages)
+        if population > sum(allowance.of_stage(k) or 0 for k in range(len(experiment.stages))):
+            raise UserError(
+                f"search: {where}the population of {name}, {population}, is larger than the budget of {budget} "
+                "candidates, so it would learn nothing; set a smaller population, raise the budget, or use "
+                "algorithm: auto"
+            )
+        notes.append(
+            f"{where}{budget} candidates are less than one generation of {name} ({population}): it only samples"
+        )
+    return notes
+
+
+def remarks_on(experiment: Experiment, items: Mapping[str, tuple[Item, ...]]) -> list[str]:
+    """What is allowed and still deserves a look before a run begins."""
+    notes = [f"task {t.name!r}: {note}" for t in experiment.tasks for note in t.remarks(items[t.name])]
+    fitness, policy = fitness_of(experiment), experiment.search.items
+    for goal in fitness.goals:
+        if goal.kind == "weighted_mean" and (listed := fitness.units_added_by(goal)):
+            notes.append(
+                f"fitness: {goal.name} adds different units ({listed}), so the one of larger numbers decides; give "
+                "tasks a weight each, or take objective: recovered_gain, or several objectives"
+            )
+    if isinstance(policy, AdaptiveItems) and fitness.floor is not None:
+        notes.append(
+            f"search.items: {policy.start} items of a sample fall below the base by chance, which fitness.floor makes "
+            "dear; take a larger start, or items: full"
+        )
+    return notes
+
+
+def at_stage(n: int, stages: Sequence[Stage]) -> str:
+    """How a line about stage n begins; empty where there is one stage only."""
+    return f"stage {n + 1}: " if len(stages) > 1 else ""
