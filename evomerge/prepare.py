@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from evomerge.budget import Allowance
 from evomerge.config import Budget, Experiment, Stage, StagedSpec, Workers, fitness_of
 from evomerge.errors import UserError
-from evomerge.importance import important_groups, layer_sizes
-from evomerge.items import make_policy
+from evomerge.importance import important_groups, layer_sensitivities, layer_sizes
+from evomerge.items import make_policy, samples
 from evomerge.layer_swap import LayerSwapSpace
 from evomerge.manifest import Manifest
 from evomerge.proposal import ItemSet
@@ -28,6 +29,7 @@ from evomerge.refusals import (
     check_designs,
     check_gradients,
     check_populations,
+    check_tasks_for_gradients,
     check_units,
     remarks_on,
 )
@@ -44,6 +46,8 @@ from evomerge.workers import Executor, MakeEvaluator
 CPU_BATCH_TOKENS = 1024
 """Measured best on small CPU cores: activations of a batch stay in the cache (`make bench`, scoring)."""
 GPU_BATCH_TOKENS = 16384
+SENSITIVITY_ITEMS = 256
+"""Search items that `groups: {by: sensitivity}` looks at."""
 
 
 @dataclass(frozen=True)
@@ -90,19 +94,7 @@ class Prepared:
 
     def evaluator(self) -> MakeEvaluator:
         """A picklable maker of evaluators for workers."""
-        from evomerge.evaluate import EvaluatorSpec, MergeEvaluator
-
-        models = self.experiment.models
-        spec = EvaluatorSpec(
-            base=models.base,
-            experts=models.experts,
-            manifest=self.manifest,
-            dtype=self.dtype,
-            plans=self.plans,
-            device=self.device,
-            threads=self.experiment.workers.threads,
-        )
-        return partial(MergeEvaluator, spec)
+        return evaluator_of(self.experiment, self.manifest, self.dtype, self.plans, self.device)
 
     def baselines(self) -> dict[str, Recipe]:
         """Name -> canonical recipe: the base, each expert alone, all experts in equal parts."""
@@ -146,6 +138,25 @@ def baselines(manifest: Manifest, dtype: str) -> dict[str, Recipe]:
     if len(manifest.experts) > 1:
         out["uniform"] = equal_parts(manifest.experts)
     return out
+
+
+def evaluator_of(
+    experiment: Experiment, manifest: Manifest, dtype: str, plans: Mapping[str, Plan], device: str
+) -> MakeEvaluator:
+    """A picklable maker of evaluators of a pool and its tasks."""
+    from evomerge.evaluate import EvaluatorSpec, MergeEvaluator
+
+    models = experiment.models
+    spec = EvaluatorSpec(
+        base=models.base,
+        experts=models.experts,
+        manifest=manifest,
+        dtype=dtype,
+        plans=plans,
+        device=device,
+        threads=experiment.workers.threads,
+    )
+    return partial(MergeEvaluator, spec)
 
 
 def numerics(device: str, threads: int) -> dict[str, Any]:
@@ -205,7 +216,20 @@ def prepare(
     plans = compile_plans(experiment.tasks, items, pool.checkpoints[pool.base], shape)
     manifest = pool.manifest()
     dtype = pool.stored_dtype if experiment.models.dtype == "auto" else experiment.models.dtype
-    experiment, grouped = with_groups(experiment, manifest, pool)
+
+    @lru_cache
+    def importance(by: str) -> NDArray[np.float64]:
+        from evomerge.merge.geometry import FlatGeometry
+
+        if by == "size":
+            return layer_sizes(FlatGeometry(pool, manifest), manifest)
+        check_tasks_for_gradients(experiment, "groups: sensitivity is a gradient", "take by: size")
+        make = evaluator_of(experiment, manifest, dtype, plans, device)
+        mean = [*baselines(manifest, dtype).values()][-1]
+        sample = samples(item_sets(plans)["search"], [SENSITIVITY_ITEMS], (experiment.search.seed, 0), 0)[0]
+        return layer_sensitivities(fitness_of(experiment), make, mean, sample, manifest)
+
+    experiment, grouped = with_groups(experiment, manifest, importance)
     spaces = bind_spaces(experiment, manifest, dtype)
     budget = began_with or experiment.search.budget
     allowance = allowance_of(budget, experiment, item_sets(plans)["search"])
@@ -223,22 +247,26 @@ def prepare(
     return prepared
 
 
-def with_groups(experiment: Experiment, manifest: Manifest, pool: Any) -> tuple[Experiment, list[str]]:
-    """The experiment with `important` layers named as groups, and a line for each stage that says which."""
-    from evomerge.merge.geometry import FlatGeometry
+def with_groups(
+    experiment: Experiment, manifest: Manifest, sizes: Callable[[str], NDArray[np.float64]]
+) -> tuple[Experiment, list[str]]:
+    """The experiment with `important` layers named as groups, and a line for each stage that says which.
 
-    if not any(isinstance(s.space, SpaceSpec) and isinstance(s.space.groups, Important) for s in experiment.stages):
-        return experiment, []
-    sizes = layer_sizes(FlatGeometry(pool, manifest), manifest)
+    `sizes(by)` is how important each layer is.
+    """
     stages, notes = list(experiment.stages), []
     for n, stage in enumerate(stages):
         if not isinstance(stage.space, SpaceSpec) or not isinstance(stage.space.groups, Important):
             continue
-        space = important_groups(stage.space, sizes, manifest)
+        by = stage.space.groups.by
+        space = important_groups(stage.space, sizes(by), manifest)
         stages[n] = stage.model_copy(update={"space": space})
         assert isinstance(space.groups, tuple)
         own = ", ".join(g.name for g in space.groups if g.name.startswith("layers."))
-        notes.append(f"{at_stage(n, stages)}axes of their own for {own}: there the task vectors are largest")
+        why = "the task vectors are largest" if by == "size" else "the objective changes most"
+        notes.append(f"{at_stage(n, stages)}axes of their own for {own}: there {why}")
+    if not notes:
+        return experiment, []
     if not isinstance(experiment.search_space, StagedSpec):
         return experiment.model_copy(update={"search_space": stages[0].space}), notes
     staged = experiment.search_space.model_copy(update={"stages": tuple(stages)})

@@ -59,7 +59,7 @@ def check_algorithms(experiment: Experiment) -> None:
                 "each constraint an objective"
             )
         if needs.gradients:
-            check_tasks_for_gradients(experiment, name)
+            check_tasks_for_gradients(experiment, f"search: {name} follows gradients", "use cma-es")
         if needs.per_item_scores:
             for goal in fitness_of(experiment).goals:
                 for task, _ in fitness_of(experiment).weights_of(goal):
@@ -84,15 +84,17 @@ def check_items(search: Search, algorithm: str, needs: Needs) -> None:
         raise UserError(f"search.lag: {policy} items are common to a generation, steady state has none; drop one")
 
 
-def check_tasks_for_gradients(experiment: Experiment, algorithm: str) -> None:
-    """Raises UserError where a task of the objective has no gradient."""
+def check_tasks_for_gradients(experiment: Experiment, who: str, instead: str) -> None:
+    """Raises UserError where there is not one objective, or a task of it has no gradient."""
     fitness = fitness_of(experiment)
+    if len(fitness.goals) > 1:
+        raise UserError(f"{who}, but the fitness has {len(fitness.goals)} objectives; {instead}, or name one objective")
     for task, _ in fitness.weights_of(fitness.goals[0]):
         if not task.smooth:
             able = " or ".join(name for name, kind in KINDS.items() if kind.spec.smooth)
             raise UserError(
-                f"search: {algorithm} follows gradients, but task {task.name!r} of kind {task.kind} has none; "
-                f"search on tasks of kind {able}, or use cma-es"
+                f"{who}, but task {task.name!r} of kind {task.kind} has none; search on tasks of kind {able}, "
+                f"or {instead}"
             )
 
 

@@ -140,9 +140,12 @@ class Buckets(_Part):
 
 
 class Important(_Part):
-    """The layers with the largest task vectors, with axes of their own; the other layers share theirs."""
+    """The layers that matter most, with axes of their own; the other layers share theirs."""
 
     important: int = Field(ge=1, description="how many; the groups are fixed when a run begins")
+    by: Literal["size", "sensitivity"] = Field(
+        "size", description="of the task vectors; or how much the objective changes with a layer's coefficients"
+    )
 
 
 class NamedGroup(_Part):
@@ -508,7 +511,9 @@ def _groups(spec: SpaceSpec, m: Manifest) -> dict[str, tuple[str, ...]]:
             out[g.name] = names
         return out
     if isinstance(spec.groups, Important):
-        raise UserError("search space: important layers are known by their weights; `prepare` makes them named groups")
+        raise UserError(
+            "search space: important layers are known by weights or gradients; `prepare` makes them named groups"
+        )
     per_layer = spec.groups == "layer-modules"
     runs = layers if not isinstance(spec.groups, Buckets) else min(spec.groups.buckets, layers)
     edges = [round(i * layers / runs) for i in range(runs + 1)]

@@ -10,13 +10,16 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from evomerge.config import load
+from evomerge.config import fitness_of, load
 from evomerge.errors import UserError
 from evomerge.history import load_resolved
-from evomerge.importance import OUTSIDE, REST, important_groups, layer_sizes
+from evomerge.importance import OUTSIDE, REST, important_groups, layer_sensitivities, layer_sizes
 from evomerge.merge.geometry import FlatGeometry
+from evomerge.objective import differentiated
 from evomerge.pool import ModelPool
 from evomerge.prepare import prepare
+from evomerge.proposal import Job, WorkUnit
+from evomerge.recipe import Recipe
 from evomerge.run import run
 from evomerge.space import SpaceSpec
 
@@ -91,3 +94,51 @@ def test_none_is_refused(small_experiment: Path) -> None:
         load(
             small_experiment, {"search_space": {"groups": {"important": 0}, "axes": {"weight": {"low": 0, "high": 1}}}}
         )
+
+
+def test_sensitivity_is_the_slope_of_the_objective(experiment_with: With) -> None:
+    """Against differences of the real loss where one layer's coefficients move together."""
+    experiment = experiment_with(**{"search.algorithm": "random"})
+    prepared = prepare(experiment)
+    manifest, items, fitness = prepared.manifest, prepared.items["search"], fitness_of(experiment)
+    mean = prepared.baselines()["uniform"]
+    sizes = layer_sensitivities(fitness, prepared.evaluator(), mean, items, manifest)
+
+    evaluator = prepared.evaluator()()
+    layers = manifest.layers[manifest.base]
+    expected = np.zeros(layers)
+    step = 0.02
+    for layer in range(layers):
+        for expert in manifest.experts:
+            losses = []
+            for sign in (1.0, -1.0):
+                weights = {e: {"weight": 1 / len(manifest.experts)} for e in manifest.experts}
+                moved = {**weights, expert: {"weight": 1 / len(manifest.experts) + sign * step}}
+                rules = [
+                    {"match": {"layers": [layer, layer]}, "method": "task_arithmetic", "sources": moved},
+                    {"match": "all", "method": "task_arithmetic", "sources": weights},
+                ]
+                data = {"base": manifest.base, "dtype": prepared.dtype, "merge": rules}
+                recipe = Recipe.model_validate(data).canonical(manifest)
+                [(e, _)] = evaluator.evaluate(WorkUnit(0, (Job(0, 0, recipe, items),)))
+                assert e.scores is not None
+                share = {t.name: s for t, s in fitness.weights_of(fitness.goals[0])}
+                metrics = dict(differentiated(fitness))
+                losses.append(sum(share[t] * float(e.scores[t][metrics[t]].mean(dtype=np.float64)) for t in share))
+            expected[layer] += abs(losses[0] - losses[1]) / (2 * step)
+    assert sizes == pytest.approx(expected, rel=0.05, abs=1e-3)
+
+
+def test_groups_by_sensitivity(experiment_with: With, tmp_path: Path) -> None:
+    """Chosen once, kept in the run's experiment; a task without a gradient is refused with the way out."""
+    space = {"groups": {"important": 1, "by": "sensitivity"}, "axes": {"weight": AXIS}}
+    change = {"search_space": space, "search.algorithm": "random", "search.budget": {"evaluations": 2}}
+    run(experiment_with(**change), tmp_path / "out")
+    groups = load_resolved(tmp_path / "out").search_space.groups  # type: ignore[union-attr]
+
+    assert [g.name for g in groups][-2:] == [REST, OUTSIDE]
+    goals = [{"name": "a", "tasks": ["sums"]}, {"name": "b", "tasks": ["words"]}]
+    with pytest.raises(
+        UserError, match="groups: sensitivity is a gradient, but the fitness has 2 objectives; take by: size"
+    ):
+        prepare(experiment_with(**change, **{"fitness.objectives": goals}))

@@ -40,8 +40,8 @@ LEVELS = tuple(
     score.generation score.function score.lm_eval
     search layer_swap fitness
     config
-    objective budget items importance
-    refusals
+    objective budget items
+    refusals importance
     prepare
     progress history standalone check inspect_pool
     session warm export.mergekit export.record report.results report.status
