@@ -295,6 +295,21 @@ SPACES: dict[str, Data] = {
         "axes": {"weight": WEIGHT, "mask_seed": {"low": 2, "high": 5}},
         "params": {"density": 0.5, "rescale": "l1"},
     },
+    "bands": {
+        "method": "spectral",
+        "groups": {"buckets": 2},
+        "axes": {f"band_{b}": {"low": -0.5, "high": 1.5} for b in (1, 2, 3, 4)},
+    },
+    "some bands": {
+        "method": "spectral",
+        "axes": {"band_1": {"low": 0, "high": 2}, "lambda": {"low": 0, "high": 1}},
+        "params": {"band_2": 0.5, "band_3": 0, "weight": -0.3},
+    },
+    "bands above 0": {"method": "spectral", "axes": {"weight": WEIGHT, "band_3": {"low": 0.1, "high": 1}}},
+    "bands or not": {
+        "method": ["task_arithmetic", "spectral"],
+        "axes": {"weight": {"low": 0, "high": 1}, "band_1": {"low": -1, "high": 2}},
+    },
     "slerp": {"method": "slerp", "groups": "layers", "axes": {"weight": {"low": 0, "high": 0.8}}},
     "slerp of deltas": {"method": "slerp", "axes": {"weight": {"low": 0, "high": 2}}, "params": {"vectors": "deltas"}},
     "slerp with the base": {
@@ -545,6 +560,7 @@ def test_the_library_has_its_entries() -> None:
         "dare-ties",
         "any-method",
         "layer-swap",
+        "spectral",
     }
 
 

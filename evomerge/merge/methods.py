@@ -108,8 +108,8 @@ METHODS: Mapping[str, Method] = {
         ),
         Method(
             "spectral",
-            "Task arithmetic, arXiv 2212.04089, with scaled singular values as in CycleQD's mutation, arXiv 2410.14735, "
-            "by four bands; theta_0 + lambda sum w_i U_i (f_i S_i) V_i^T, in what is no matrix of a layer f_i's mean",
+            "Task arithmetic whose singular values are scaled, as by CycleQD's mutation, arXiv 2410.14735, in four "
+            "bands; theta_0 + lambda sum w_i U_i (f_i S_i) V_i^T, and f_i's mean for what is no matrix of a layer",
             "derived",
             delta="base",
             spectrum="bands",

@@ -36,6 +36,8 @@ class Needs:
     """Whether it asks for the sources' inner products (`Start.geometry`)."""
     measures: int = 0
     """How many behaviour measures it needs at least (`Result.measures`); algorithms that need none ignore them."""
+    methods: tuple[str, ...] = ("linear",)
+    """Merge methods of the recipes that it proposes; genomes have their space's."""
 
 
 class Optimizer(Protocol):
