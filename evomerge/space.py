@@ -361,12 +361,14 @@ class RuleSpace:
 
     def _values(self, method: Method, blocks: Mapping[str, Rule]) -> dict[str, float | str]:
         """What the axes say of a recipe; axes that say nothing are left out."""
-        weights = self.spec.axes.get("weight")
+        axes = self.spec.axes
+        weights = axes.get("weight")
         # A source that is not there has weight 0; what else it has is inert. Where no weight can be 0, all its bands
         # are, or lambda is.
         zero_weight = weights is not None and weights.low <= 0.0 <= weights.high
-        bands = [self.spec.axes.get(b) for b in method.bands]
-        zero_bands = not zero_weight and all(b is not None and b.low <= 0.0 <= b.high for b in bands)
+        zero_bands = not zero_weight and all(
+            axes[b].low <= 0.0 <= axes[b].high if b in axes else self.spec.params.get(b) == 0.0 for b in method.bands
+        )
         values: dict[str, float | str] = {METHOD: method.name}
         for group, names in self.groups.items():
             rule = blocks.get(names[0])
@@ -383,8 +385,8 @@ class RuleSpace:
             for c in method.per_block:
                 if rule is not None:
                     values[f"{group}.{c}"] = float(rule.params[c])
-                elif c == "lambda" and not zero_weight and c in self.spec.axes:
-                    axis = self.spec.axes[c]
+                elif c == "lambda" and not zero_weight and c in axes:
+                    axis = axes[c]
                     if axis.low <= 0.0 <= axis.high:
                         values[f"{group}.{c}"] = 0.0
         return values

@@ -105,8 +105,8 @@ class CycleQd:
         others = [self._dimensions[:k] + self._dimensions[k + 1 :] for k in range(len(self._dimensions))]
         self._archives: list[Archive[Member]] = [Archive(Grid(o)) for o in others]
         self._seeds: list[Member] = []
+        # Of each measure the quality and the place of the expert that is best at it; the first while none is known.
         self._best = [(-math.inf, 0)] * len(self._dimensions)
-        """Of each measure the quality and the place of the expert that is best at it; the first while none is known."""
         self._group = -1
         self._step = 0
         self._queue: list[tuple[Array, tuple[int, ...]]] = []
