@@ -262,7 +262,8 @@ def _scaled(
 
     U (f S) V^T = f_last tau + sum_i (f_i - f_last) u_i u_i^T tau: where the factors agree it is task arithmetic to the
     bit, and nothing has to be known of the last band. The sum over all sources is one further term, formed in fp64, so
-    that threads and devices show in next to none of its fp32 values.
+    that threads and devices show in next to none of its fp32 values. It takes 4 k operations a weight and source, k
+    being the number of directions known: as many as a forward pass over 2 k tokens.
     """
     if shape is None:
         means = [w * (math.fsum(f) / len(f)) for w, f in zip(weights, factors, strict=True)]

@@ -49,7 +49,8 @@ class Options:
     """Standard deviation of a parent's weight around 1; weights are then divided by their sum."""
     mutation: Literal["singular", "coefficients"] = "singular"
     """Along bands of singular directions of the quality's expert, or by noise on every expert's coefficient; with the
-    latter members are linear mixes of the experts."""
+    latter members are linear mixes of the experts, and archives fill faster: in 90 evaluations of the experiment
+    skills-archive 29 and 31 cells of 81 (seeds 1 and 2), with the paper's 24 and 24."""
     rate: float = 0.1
     """Mutation along singular directions: how much of each band of the expert is added at most."""
     sigma: float = 0.2
