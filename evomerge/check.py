@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from evomerge.config import Experiment
 from evomerge.licences import licence_of, remarks
+from evomerge.merge.methods import BANDS, METHODS, Method
 from evomerge.pool import TORCH_DTYPES
 from evomerge.prepare import Prepared, allowance_of, prepare
 from evomerge.search import needs_of
@@ -95,11 +97,20 @@ def check(experiment: Experiment, allow: Allowed = NOTHING) -> Check:
 
 
 def _memory(prepared: Prepared) -> int:
-    """Resident weights of one worker: the bank as stored, the buffer, and sorted magnitudes where needed."""
+    """Resident weights of one worker: the bank as stored, the buffer, and where needed sorted magnitudes and singular
+    vectors (of those the most that they may be)."""
     m = prepared.manifest
     size = TORCH_DTYPES[prepared.dtype].itemsize
-    sketches = any(method.sparsify == "top_k" for s in prepared.spaces for method in s.methods)
-    return m.elements * (size * (len(m.hashes) + 1) + (4 * len(m.experts) if sketches else 0))
+    methods: list[Method] = []
+    for stage, space in zip(prepared.experiment.stages, prepared.spaces, strict=True):
+        needs = needs_of(prepared.experiment.algorithm_of(stage)[0])
+        methods += space.methods if needs.proposes == "genomes" else [METHODS[n] for n in needs.methods]
+    sketches = m.elements if any(method.sparsify == "top_k" for method in methods) else 0
+    if any(method.bands for method in methods):
+        kept = 1 - 1 / len(BANDS)
+        sides = [min(t.shape) for t in m.tensors if t.matrix]
+        sketches += sum(side * math.ceil(kept * side) for side in sides)
+    return m.elements * size * (len(m.hashes) + 1) + 4 * len(m.experts) * sketches
 
 
 def _cpu_flops(threads: int) -> float:

@@ -28,6 +28,14 @@ class TensorInfo:
             n *= d
         return n
 
+    @property
+    def matrix(self) -> bool:
+        """True of a layer's matrices: what singular directions are known of.
+
+        Embedding and head are left out, which are as tall as the vocabulary, and stacks of matrices.
+        """
+        return len(self.shape) == 2 and self.block.startswith("layers.")
+
 
 @dataclass(frozen=True)
 class Block:

@@ -4,7 +4,8 @@ A recipe is written by people with rules (`match: {layers: [0, 15], module: atte
 canonical form: one rule a block, defaults filled in, coefficients rounded to 1e-6, inert genes removed.
 
 Inert forms that the canonical form removes (each leaves the built weights the same to the last bit):
-  1. a source of weight 0, in every method of `merge/methods.py` (in `slerp`: t is 0 or 1, one model remains);
+  1. a source of weight 0, in every method of `merge/methods.py` (in `slerp`: t is 0 or 1, one model remains), or,
+     in `spectral`, with all bands 0;
   2. a whole rule without remaining sources, or with lambda 0: the block is the base's;
   3. a `linear` rule whose only source is the base, normalised or of weight 1, and a `slerp` rule whose only source
      is the base: the block is the base's;
@@ -487,7 +488,7 @@ def _reduced(rule: Rule, block: str, base: str, manifest: Manifest) -> Rule | No
             raise UserError(f"merge rule for {block}: {rule.method} adds to the base; it cannot be a source too")
         given = rule.sources[name]
         values = {n: rounded(float(given.get(n, coefs[n].default))) for n in method.per_source}
-        if values["weight"] != 0.0:
+        if values["weight"] != 0.0 and (not method.bands or any(values[b] for b in method.bands)):
             sources[name] = values
     spherical = method.combine == "spherical"
     if (spherical or not adds) and rule.sources and not sources:

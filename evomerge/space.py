@@ -311,9 +311,11 @@ class RuleSpace:
         out = [self.default]
         if len(self.methods) > 1:
             out += [self._genome({METHOD: method.name}) for method in self.methods[1:]]
-        if "weight" not in self.spec.axes:
+        bands = [b for method in self.methods for b in method.bands if b in self.spec.axes]
+        amounts = ("weight",) if "weight" in self.spec.axes else tuple(bands)
+        weights = [a for a in self.axes if a.name.rpartition(".")[2] in amounts]
+        if not weights:
             return out
-        weights = [a for a in self.axes if a.name.endswith(".weight")]
         for expert in self._experts:
             for weight in (0.5, 1.0):
                 wanted = {a.name: weight if a.name.partition(".")[0] == expert else 0.0 for a in weights}
@@ -418,9 +420,14 @@ class RuleSpace:
 
     def _values(self, method: Method, blocks: Mapping[str, Rule]) -> dict[str, float | str]:
         """What the axes say of a recipe; axes that say nothing are left out."""
-        weights = self.spec.axes.get("weight")
-        # A source that is not there has weight 0; what else it has is inert. Where no weight can be 0, lambda is.
+        axes = self.spec.axes
+        weights = axes.get("weight")
+        # A source that is not there has weight 0; what else it has is inert. Where no weight can be 0, all its bands
+        # are, or lambda is.
         zero_weight = weights is not None and weights.low <= 0.0 <= weights.high
+        zero_bands = not zero_weight and all(
+            axes[b].low <= 0.0 <= axes[b].high if b in axes else self.spec.params.get(b) == 0.0 for b in method.bands
+        )
         values: dict[str, float | str] = {METHOD: method.name}
         for group, names in self.groups.items():
             rule = blocks.get(names[0])
@@ -429,7 +436,7 @@ class RuleSpace:
                 for c in method.per_source:
                     if coefs is not None and c in coefs:
                         values[f"{expert}.{group}.{c}"] = coefs[c]
-                    elif c == "weight" and zero_weight:
+                    elif (c == "weight" and zero_weight) or (c in method.bands and zero_bands):
                         values[f"{expert}.{group}.{c}"] = 0.0
                 if method.combine == "spherical" and coefs is not None and rule is not None and len(rule.sources) == 1:
                     # Any weight above 0 of an only source is the same; canonical is 1, which may be out of bounds.
@@ -437,8 +444,8 @@ class RuleSpace:
             for c in method.per_block:
                 if rule is not None:
                     values[f"{group}.{c}"] = float(rule.params[c])
-                elif c == "lambda" and not zero_weight and c in self.spec.axes:
-                    axis = self.spec.axes[c]
+                elif c == "lambda" and not zero_weight and c in axes:
+                    axis = axes[c]
                     if axis.low <= 0.0 <= axis.high:
                         values[f"{group}.{c}"] = 0.0
         return values

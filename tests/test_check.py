@@ -49,6 +49,21 @@ def test_memory_counts_bank_buffer_and_sketches(experiment_with: Callable[..., A
     assert ties.memory_bytes == plain.memory_bytes + 2 * elements * 4
 
 
+def test_memory_counts_singular_vectors(experiment_with: Callable[..., Any]) -> None:
+    """Of each expert's matrices, three quarters of the shorter side's square; CycleQD has them whatever the space."""
+    plain = check(experiment_with())
+    axes = {"search_space": {"method": "spectral", "axes": {"band_1": {"low": 0, "high": 1}}}}
+    measures = [
+        {"name": t, "tasks": [t], "metric": "accuracy", "low": 0, "high": 1, "cells": 4} for t in ("sums", "words")
+    ]
+    cycle = {"search.algorithm": "cycleqd", "search.population": 4, "fitness.measures": measures}
+
+    # Of each of two layers: q, k, v, o with sides of 16 and 32, and three of the MLP.
+    vectors = 2 * (2 * 32 * 24 + 2 * 16 * 12 + 3 * 32 * 24)
+    assert check(experiment_with(**axes)).memory_bytes == plain.memory_bytes + 2 * vectors * 4
+    assert check(experiment_with(**cycle)).memory_bytes == plain.memory_bytes + 2 * vectors * 4
+
+
 def test_time_budgets_have_no_number_of_candidates(experiment_with: Callable[..., Any]) -> None:
     """Under a budget of minutes nothing is promised about candidates or seconds."""
     c = check(experiment_with(**{"search.budget": {"minutes": 1.0}}))

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from evomerge.canonical import canonical_json
 from evomerge.errors import UserError
 from evomerge.manifest import Manifest
-from evomerge.merge.methods import METHODS
+from evomerge.merge.methods import BANDS, METHODS
 from evomerge.recipe import Recipe, check_value, rounded
 from evomerge.yamlio import dump_yaml
 
@@ -78,6 +78,12 @@ EQUAL: dict[str, tuple[list[Data], list[Data]]] = {
         [rule("slerp", math=0.4, base=0.6)],
         [rule("slerp", base=0.6, math=0.4, code=0)],
     ),
+    "default bands": ([rule("spectral", math={"band_2": 0.5})], [rule("spectral", math={"band_2": 0.5, "band_4": 1})]),
+    "bands 0": (
+        [rule("spectral", math={"band_1": 2})],
+        [rule("spectral", math={"band_1": 2}, code={f"band_{b}": -0.0 for b in (1, 2, 3, 4)})],
+    ),
+    "weight 0 and bands": ([], [rule("spectral", math={"weight": 0, "band_1": 2}, params={"lambda": 3})]),
     "weight 0 in DARE": ([rule("dare_linear", math=0.5)], [rule("dare_linear", math=0.5, code=0)]),
     "lambda 0 in DARE": ([], [rule("dare_ties", math={"density": 0.5}, params={"lambda": 0, "mask_seed": 3})]),
     "seed without a mask": (
@@ -289,9 +295,10 @@ MATCHES = st.one_of(
 
 @st.composite
 def rules(draw: st.DrawFn) -> Data:
-    method = METHODS[draw(st.sampled_from(["task_arithmetic", "ties", "dare_linear", "dare_ties"]))]
+    method = METHODS[draw(st.sampled_from(["task_arithmetic", "spectral", "ties", "dare_linear", "dare_ties"]))]
     values = {
         "weight": WEIGHTS,
+        **dict.fromkeys(BANDS, WEIGHTS),
         "density": st.floats(1e-6, 1),
         "lambda": WEIGHTS,
         "mask_seed": st.integers(0, 2**32 - 1),

@@ -82,9 +82,11 @@ def test_with_a_lag(experiment_with: With, tmp_path: Path) -> None:
     assert archive(History.read(tmp_path / "out"))["cells"] == 12
 
 
-def test_cycleqd_mixes_experts(experiment_with: With, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("mutation", "method"), [("singular", "spectral"), ("coefficients", "linear")])
+def test_cycleqd_mixes_experts(mutation: str, method: str, experiment_with: With, tmp_path: Path) -> None:
     """Experts cost nothing, a child is exported and verifies to the bit, and a cut run ends in the same bytes."""
-    search = {"algorithm": "cycleqd", "seed": 5, "population": 4, "budget": {"evaluations": 10}, "probes": False}
+    cycleqd = {"algorithm": "cycleqd", "mutation": mutation, "population": 4}
+    search = {**cycleqd, "seed": 5, "budget": {"evaluations": 10}, "probes": False}
     cycle = {"fitness.measures": MEASURES, "search": search}
     out = tmp_path / "out"
     history = run(experiment_with(**cycle), out)
@@ -92,6 +94,7 @@ def test_cycleqd_mixes_experts(experiment_with: With, tmp_path: Path) -> None:
     children = [e for e in history.entries.values() if e.parents]
 
     assert (history.cached, len(children)) == (2, 8)
+    assert {r.method for e in children for r in history.recipe(e.id).blocks.values()} == {method}
     assert main(["export", str(out), str(children[-1].id), "--to", str(tmp_path / "model")]) == 0
     v = verify(tmp_path / "model")
     assert (v.ok, v.problems, max(v.scores.values())) == (True, (), 0.0)

@@ -296,6 +296,26 @@ SPACES: dict[str, Data] = {
         "axes": {"weight": WEIGHT, "mask_seed": {"low": 2, "high": 5}},
         "params": {"density": 0.5, "rescale": "l1"},
     },
+    "bands": {
+        "method": "spectral",
+        "groups": {"buckets": 2},
+        "axes": {f"band_{b}": {"low": -0.5, "high": 1.5} for b in (1, 2, 3, 4)},
+    },
+    "some bands": {
+        "method": "spectral",
+        "axes": {"band_1": {"low": 0, "high": 2}, "lambda": {"low": 0, "high": 1}},
+        "params": {"band_2": 0.5, "band_3": 0, "weight": -0.3},
+    },
+    "one band": {
+        "method": "spectral",
+        "axes": {"band_1": {"low": -1, "high": 1}},
+        "params": {"band_2": 0, "band_3": 0.0, "band_4": 0, "lambda": 2},
+    },
+    "bands above 0": {"method": "spectral", "axes": {"weight": WEIGHT, "band_3": {"low": 0.1, "high": 1}}},
+    "bands or not": {
+        "method": ["task_arithmetic", "spectral"],
+        "axes": {"weight": {"low": 0, "high": 1}, "band_1": {"low": -1, "high": 2}},
+    },
     "slerp": {"method": "slerp", "groups": "layers", "axes": {"weight": {"low": 0, "high": 0.8}}},
     "slerp of deltas": {"method": "slerp", "axes": {"weight": {"low": 0, "high": 2}}, "params": {"vectors": "deltas"}},
     "slerp with the base": {
@@ -479,6 +499,19 @@ def test_every_method_of_a_choice_is_probed(m: Manifest) -> None:
     assert methods[: len(ANY["method"])] == [{n} for n in ANY["method"]]
 
 
+def test_every_expert_is_probed_by_its_bands(m: Manifest) -> None:
+    """Where bands are searched and weights are not, half and all of one expert are half and all of its bands."""
+    space = space_of(m, **SPACES["bands"])
+    recipes = [space.decode(g, m) for g in space.probes()[1:]]
+    rules = [
+        (set(r.sources) - {"base"}, [v for rule in r.blocks.values() for v in rule.sources.values()]) for r in recipes
+    ]
+
+    assert [experts for experts, _ in rules] == [{e} for e in m.experts for _ in range(2)]
+    for n, (_, coefs) in enumerate(rules):
+        assert coefs == [{"weight": 1.0, **{f"band_{b}": (0.5, 1.0)[n % 2] for b in (1, 2, 3, 4)}}] * len(m.blocks)
+
+
 def test_new_keys_leave_old_identities_alone() -> None:
     """Keys that are not given are not in what experiment ids are made of."""
     assert set(spec().model_dump(mode="json")) == {"description", "method", "groups", "axes", "params"}
@@ -617,6 +650,7 @@ def test_the_library_has_its_entries() -> None:
         "dare-ties",
         "any-method",
         "layer-swap",
+        "spectral",
     }
 
 

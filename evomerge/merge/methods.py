@@ -1,7 +1,7 @@
 """The one table of merge methods. Most published methods are a row over the same primitives.
 
 The order of the primitives is fixed (`pipeline.py` executes it):
-delta -> sparsify -> rescale -> weight -> consensus -> combine -> scale -> add base -> cast once.
+delta -> spectrum -> sparsify -> rescale -> weight -> consensus -> combine -> scale -> add base -> cast once.
 A new pointwise method is one row here; this module holds data only, so that spaces and recipes need no torch.
 """
 
@@ -36,12 +36,15 @@ class Method:
     `coefficients` are what a search may vary, with the range within which a value has a meaning;
     `options` are switches, name -> (default, allowed values). `source` cites paper and reference code.
     `delta` says what is combined: differences from the base, the weights themselves, or either (option `vectors`).
+    `spectrum` says whether singular values of a difference are scaled, by bands; without, a method that adds plain
+    sums to the base is linear in its weights.
     """
 
     name: str
     source: str
     status: Literal["verified", "derived", "experimental"]
     delta: Literal["base", "none", "either"]
+    spectrum: Literal["none", "bands"] = "none"
     sparsify: Literal["none", "top_k", "bernoulli"] = "none"
     consensus: Literal["none", "sign_mass"] = "none"
     combine: Literal["sum", "weighted_mean", "masked_mean", "spherical"] = "sum"
@@ -64,7 +67,13 @@ class Method:
 
         Then inner products with the sources give the derivative by every coefficient.
         """
-        return self.sparsify == "none" and self.consensus == "none" and self.combine != "spherical"
+        plain = self.sparsify == "none" and self.consensus == "none" and self.spectrum == "none"
+        return plain and self.combine != "spherical"
+
+    @property
+    def bands(self) -> tuple[str, ...]:
+        """Names of the coefficients that scale bands of singular values, the largest values' first."""
+        return BANDS if self.spectrum == "bands" else ()
 
     def adds_to_base(self, options: Mapping[str, Scalar]) -> bool:
         """True where differences from the base are combined and added to it."""
@@ -76,6 +85,10 @@ class Method:
 _ANY = 1e6
 WEIGHT = Coefficient(default=1.0, low=-_ANY, high=_ANY)
 LAMBDA = Coefficient(default=1.0, low=-_ANY, high=_ANY, per="block")
+BAND = Coefficient(default=1.0, low=-_ANY, high=_ANY)
+BANDS = ("band_1", "band_2", "band_3", "band_4")
+"""A quarter each of a task vector's squared norm, so that equal changes of two factors move the weights equally far.
+Of equal numbers of directions, those of small singular values would hardly count."""
 DENSITY = Coefficient(default=1.0, low=1e-6, high=1.0)
 SHARE = Coefficient(default=1.0, low=0.0, high=_ANY)
 MASK_SEED = Coefficient(default=0, low=0, high=2**32 - 1, per="block", integer=True)
@@ -101,6 +114,16 @@ METHODS: Mapping[str, Method] = {
             delta="base",
             combine="sum",
             coefficients={"weight": WEIGHT, "lambda": LAMBDA},
+        ),
+        Method(
+            "spectral",
+            "Task arithmetic whose singular values are scaled, as by CycleQD's mutation, arXiv 2410.14735, in four "
+            "bands; theta_0 + lambda sum w_i U_i (f_i S_i) V_i^T, and f_i's mean for what is no matrix of a layer",
+            "derived",
+            delta="base",
+            spectrum="bands",
+            combine="sum",
+            coefficients={"weight": WEIGHT, **dict.fromkeys(BANDS, BAND), "lambda": LAMBDA},
         ),
         Method(
             "ties",

@@ -33,7 +33,8 @@ ALGORITHMS: Mapping[str, Algorithm] = {
         "evomerge.search.map_elites:MapElites", "quality-diversity: the best for every cell of the fitness's measures"
     ),
     "cycleqd": Algorithm(
-        "evomerge.search.cycleqd:CycleQd", "each measure in turn is the quality; linear mixes of experts"
+        "evomerge.search.cycleqd:CycleQd",
+        "each measure in turn is the quality; mixes of experts by bands of singular values",
     ),
     "niches": Algorithm("evomerge.search.niches:Niches", "M2N2: members share out items, mates add what is missing"),
     "nsga-ii": Algorithm("evomerge.search.nsga2:Nsga2", "Pareto front by crowding distance, for two objectives"),

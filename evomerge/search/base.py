@@ -44,6 +44,8 @@ class Needs:
     """Axes beyond which it is of no use; None where there is no such number."""
     gradients: bool = False
     """Whether it is told `Result.gradient`."""
+    methods: tuple[str, ...] = ("linear",)
+    """Merge methods of the recipes that it proposes; genomes have their space's."""
 
 
 class Optimizer(Protocol):

@@ -79,6 +79,7 @@ class NestedMap:
     needs = Needs(
         objectives="several",
         proposes="recipes",
+        methods=("task_arithmetic",),
         scope="archive",
         design=lambda experts, options: options.evaluations(experts),
     )

@@ -163,6 +163,11 @@ def test_the_base_alone(manifest: Manifest) -> None:
             "float32",
             "slerp of weights or of deltas in a file",
         ),
+        (
+            [{"method": "spectral", "sources": {"x": {"band_1": 0.5}}}],
+            "float32",
+            "no exact equivalent of 'spectral'",
+        ),
     ],
     ids=[
         "methods",
@@ -172,6 +177,7 @@ def test_the_base_alone(manifest: Manifest) -> None:
         "slerp of three",
         "base left alone",
         "weights and deltas",
+        "bands",
     ],
 )
 def test_refusals_give_the_reason(manifest: Manifest, rules: list[dict[str, Any]], dtype: str, reason: str) -> None:

@@ -7,13 +7,14 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from evomerge.merge import pipeline
 from evomerge.merge.bank import Bank
 from evomerge.merge.builder import Builder
-from evomerge.merge.methods import METHODS
+from evomerge.merge.methods import BANDS, METHODS
 from evomerge.merge.pipeline import BuildError
 from evomerge.recipe import Recipe, check_value
 
@@ -55,10 +56,16 @@ def random_sources(seed: int, experts: int = 3, dtype: torch.dtype = torch.float
 
 
 def rule(name: str, sources: dict[str, tuple[float, float]], **params: Any) -> Data:
-    """A rule of a variant over (weight, density) per source; what a method does not have is left out."""
+    """A rule of a variant over (weight, density) per source; what a method does not have is left out.
+
+    A density also is the factor of a band, so that bands differ where densities do.
+    """
     method, options = VARIANTS[name]
     row = METHODS[method]
-    given = {s: {"weight": abs(w) if row.combine == "spherical" else w, "density": d} for s, (w, d) in sources.items()}
+    given = {
+        s: {"weight": abs(w) if row.combine == "spherical" else w, "density": d, "band_2": d, "band_4": 1.5 - d / 2}
+        for s, (w, d) in sources.items()
+    }
     if row.combine == "spherical":
         given = dict(sorted(given.items())[:2])
     return {
@@ -100,15 +107,16 @@ def test_rows_are_consistent(name: str) -> None:
 
 
 def test_promised_methods() -> None:
-    """Every method is checked against an independent implementation (goldens, `make oracle`)."""
-    assert {n: m.status for n, m in METHODS.items()} == dict.fromkeys(
-        ("linear", "task_arithmetic", "ties", "dare_linear", "dare_ties", "slerp"), "verified"
-    )
+    """Every method but one is checked against an independent implementation (goldens, `make oracle`)."""
+    assert {n: m.status for n, m in METHODS.items()} == {
+        **dict.fromkeys(("linear", "task_arithmetic", "ties", "dare_linear", "dare_ties", "slerp"), "verified"),
+        "spectral": "derived",
+    }
 
 
 def test_compositions_differ() -> None:
     """No two rows are the same composition of primitives."""
-    rows = [(m.delta, m.sparsify, m.consensus, m.combine) for m in METHODS.values()]
+    rows = [(m.delta, m.spectrum, m.sparsify, m.consensus, m.combine) for m in METHODS.values()]
 
     assert len(set(rows)) == len(rows)
 
@@ -431,3 +439,111 @@ def test_rescaling_keeps_the_mean(ones: Bank) -> None:
             assert float(out.double().sum()) == pytest.approx(LONG, rel=1e-6)
         else:
             assert bool((survivors == 4.0).all())
+
+
+# -- singular values by band --------------------------------------------------------------------------------------
+
+FACTORS = (0.7, -0.4, 1.6, 0.2)
+
+
+def spectral(weight: float = 1.0, factors: tuple[float, ...] = FACTORS) -> dict[str, float]:
+    return {"weight": weight, **dict(zip(BANDS, factors, strict=True))}
+
+
+def parts(tau: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
+    """A matrix's four bands by numpy's dense SVD; what precedes a direction tells the quarter it is in."""
+    u, s, vt = np.linalg.svd(tau.astype(np.float64), full_matrices=False)
+    out = [np.zeros(tau.shape) for _ in range(4)]
+    for i in range(len(s)):
+        out[int(4 * (s[:i] ** 2).sum() / (s**2).sum())] += s[i] * np.outer(u[:, i], vt[i])
+    return out
+
+
+@pytest.mark.parametrize("shape", [(37, 29), (29, 37), (24, 24), (40, 1), (1, 6)])
+def test_bands_are_those_of_a_dense_svd(shape: tuple[int, int], bank_of: Banks) -> None:
+    """Tall, wide and square matrices of several experts, against numpy in fp64."""
+    g = torch.Generator().manual_seed(13)
+    sources = {n: {"matrix": torch.randn(shape, generator=g)} for n in ("base", "a", "b")}
+    factors = {"a": (0.4, FACTORS), "b": (-0.7, (0.0, 0.0, 0.0, 2.0))}
+    given = {n: spectral(*f) for n, f in factors.items()}
+    bank = bank_of(sources, {"matrix": "layers.0.mlp"})
+    out = built(bank, {"method": "spectral", "params": {"lambda": 0.8}, "sources": given})
+
+    base = sources["base"]["matrix"].numpy()
+    expected = base.astype(np.float64)
+    for n, (weight, by_band) in factors.items():
+        bands = parts(sources[n]["matrix"].numpy() - base)
+        expected = expected + 0.8 * weight * sum(f * p for f, p in zip(by_band, bands, strict=True))
+    np.testing.assert_allclose(out.view(shape).numpy(), expected, rtol=1e-6, atol=2e-6)
+
+
+def test_equal_bands_are_task_arithmetic(bank_of: Banks) -> None:
+    """With the factor 1 everywhere, or any one factor beside weights of 1, the bits are those of task arithmetic."""
+    bank = bank_of(random_sources(14), BLOCK)
+    weights = {"e0": 0.3, "e1": -1.7, "e2": 0.05}
+    plain = {n: {"weight": w} for n, w in weights.items()}
+    forms = [plain, {n: spectral(factors=(w,) * 4) for n, w in weights.items()}]
+    for params in ({}, {"lambda": 0.9}):
+        expected = built(bank, {"method": "task_arithmetic", "params": params, "sources": plain})
+        for given in forms:
+            assert torch.equal(built(bank, {"method": "spectral", "params": params, "sources": given}), expected)
+
+
+def test_bands_add_up(bank_of: Banks) -> None:
+    """What single bands add to the base sums to what all of them add; of a matrix they are at right angles."""
+    bank = bank_of(random_sources(15), BLOCK)
+    base = bank.flat["base"]
+    single = [
+        built(bank, {"method": "spectral", "sources": {"e0": spectral(factors=tuple(np.eye(4)[b]))}}) - base
+        for b in range(4)
+    ]
+
+    assert torch.allclose(sum(single, torch.zeros_like(base)), bank.flat["e0"] - base, rtol=1e-5, atol=1e-7)
+    stop = 37 * 29
+    norm = float((bank.flat["e0"] - base)[:stop].square().sum())
+    for b, x in enumerate(single):
+        assert 0.1 * norm < float(x[:stop].square().sum()) < 0.45 * norm
+        assert torch.allclose(x[stop:] * 4, (bank.flat["e0"] - base)[stop:], rtol=1e-4, atol=1e-7), "means elsewhere"
+        for y in single[:b]:
+            assert abs(float(x[:stop] @ y[:stop])) < 1e-4 * norm
+
+
+def test_only_matrices_of_layers_have_bands(bank_of: Banks) -> None:
+    """Embedding, head and stacks of matrices are scaled by the mean of the bands, as vectors are."""
+    blocks = {"x": "embed", "y": "layers.0.mlp", "z": "layers.0.mlp", "w": "head"}
+    g = torch.Generator().manual_seed(16)
+    shapes: dict[str, tuple[int, ...]] = {"x": (9, 8), "y": (6, 5), "z": (2, 6, 5), "w": (9, 8)}
+    bank = bank_of({s: {n: torch.randn(d, generator=g) for n, d in shapes.items()} for s in ("base", "a")}, blocks)
+    out = built(bank, {"method": "spectral", "sources": {"a": spectral()}})
+    mean = built(bank, {"method": "task_arithmetic", "sources": {"a": {"weight": sum(FACTORS) / 4}}})
+
+    for t in bank.manifest.tensors:
+        there = slice(t.offset, t.offset + t.size)
+        assert torch.allclose(out[there], mean[there], rtol=1e-6, atol=1e-6) == (t.name != "y")
+
+
+def test_bands_of_few_directions(bank_of: Banks) -> None:
+    """One direction is all in the first band, four equal ones are in one each, and a zero delta has none."""
+    base = {n: torch.zeros(4, 4) for n in ("one", "four", "none")}
+    one = torch.outer(torch.arange(1.0, 5.0), torch.tensor([1.0, -2.0, 0.5, 3.0]))
+    blocks = dict.fromkeys(base, "layers.0.mlp")
+    bank = bank_of({"base": base, "a": {"one": one, "four": torch.eye(4) * 0.3, "none": base["none"]}}, blocks)
+    first, last = (
+        built(bank, {"method": "spectral", "sources": {"a": spectral(factors=f)}})
+        for f in ((1.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 1.0))
+    )
+
+    assert torch.allclose(first[:16], one.flatten(), atol=1e-5)
+    assert torch.allclose(last[:16], torch.zeros(16), atol=1e-5)
+    for out in (first, last):
+        assert float(out[64:80].square().sum()) == pytest.approx(0.3**2, rel=1e-5)
+        assert not out[128:].any()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 3e38])
+def test_matrices_without_directions_are_refused(bad: float, bank_of: Banks) -> None:
+    """A delta that is not finite has no singular directions; it is a failed build and no crash."""
+    sources = random_sources(17)
+    sources["e0"]["matrix"][3, 4], sources["base"]["matrix"][3, 4] = bad, -bad
+    with pytest.raises(BuildError, match="NaN or infinite"):
+        built(bank_of(sources, BLOCK), {"method": "spectral", "sources": {"e0": spectral(factors=(1, 2, 3, 0))}})

@@ -32,15 +32,25 @@ def optimizer(manifest: Manifest, dimensions: tuple[Dimension, ...] = SKILLS, **
     return make_optimizer("cycleqd", (), start, rng, itertools.count(), make_options("cycleqd", settings))
 
 
-def coefficients(p: Proposal, manifest: Manifest) -> np.ndarray:
-    """Those of the experts' task vectors, from the recipe."""
+def bands(p: Proposal, manifest: Manifest) -> np.ndarray:
+    """Coefficients of the experts' task vectors by band, shape (n_experts, 4), from the recipe."""
     assert p.recipe is not None
-    rule = next(iter(p.recipe.blocks.values()))
-    assert rule.method == "linear"
-    shares = [rule.sources[n]["weight"] if n in rule.sources else 0.0 for n in manifest.experts]
-    total = sum(c["weight"] for c in rule.sources.values())
-    assert total == pytest.approx(1.0, abs=1e-5)
-    return np.array(shares)
+    rule, *others = p.recipe.blocks.values()
+    assert all((r.method, r.sources) == (rule.method, rule.sources) for r in others)
+    rows = [rule.sources.get(n) for n in manifest.experts]
+    if rule.method == "linear":
+        total = sum(c["weight"] for c in rule.sources.values())
+        assert total == pytest.approx(1.0, abs=1e-5)
+        return np.array([[0.0 if c is None else c["weight"]] * 4 for c in rows])
+    assert rule.method == "spectral"
+    assert rule.params == {"lambda": 1.0}
+    assert all(c is None or c["weight"] == 1.0 for c in rows)
+    return np.array([[0.0] * 4 if c is None else [c[f"band_{b}"] for b in (1, 2, 3, 4)] for c in rows])
+
+
+def coefficients(p: Proposal, manifest: Manifest) -> np.ndarray:
+    """Means over bands, shape (n_experts,)."""
+    return bands(p, manifest).mean(axis=1)
 
 
 def skills(x: np.ndarray) -> np.ndarray:
@@ -101,9 +111,10 @@ def test_lower_may_be_better(manifest: Manifest) -> None:
     assert second.parents == (2,), "the archive of a has the best at a"
 
 
-def test_children_are_weighted_means(manifest: Manifest) -> None:
+@pytest.mark.parametrize("still", [{"mutation": "coefficients", "sigma": 0.0}, {"rate": 0.0}])
+def test_children_are_weighted_means(still: dict[str, Any], manifest: Manifest) -> None:
     """Without mutation a child lies on the line between its parents, around the middle; its weights sum to 1."""
-    told = search(optimizer(manifest, sigma=0.0, crossover_sigma=0.2), manifest, 300)
+    told = search(optimizer(manifest, **still, crossover_sigma=0.2), manifest, 300)
 
     at = {p.id: coefficients(p, manifest) for p, _ in told}
     shares = []
@@ -121,12 +132,36 @@ def test_children_are_weighted_means(manifest: Manifest) -> None:
 
 def test_mutation_adds_noise_to_every_coefficient(manifest: Manifest) -> None:
     """A child minus the mean of its parents, with next to no noise in the weights."""
-    told = search(optimizer(manifest, sigma=0.05, crossover_sigma=0.0), manifest, 400)
+    told = search(optimizer(manifest, mutation="coefficients", sigma=0.05, crossover_sigma=0.0), manifest, 400)
 
     at = {p.id: coefficients(p, manifest) for p, _ in told}
     noise = np.array([at[p.id] - (at[p.parents[0]] + at[p.parents[1]]) / 2 for p, _ in told[3:]])
     assert noise.std(axis=0) == pytest.approx([0.05] * 3, rel=0.15)
     assert noise.mean(axis=0) == pytest.approx([0.0] * 3, abs=0.01)
+    assert all(np.ptp(bands(p, manifest), axis=1).max() == 0.0 for p, _ in told), "linear mixes all along"
+
+
+def test_mutation_adds_bands_of_the_expert_of_the_measure(manifest: Manifest) -> None:
+    """A child minus the mean of its parents: uniform shares of every band of one expert, the best at the quality."""
+    opt = optimizer(manifest, rate=0.3, crossover_sigma=0.0, population=9)
+    for p in opt.ask(3):  # a is best at the third skill, b at the first, c at the second
+        opt.tell(p, Result(np.array([0.0]), measures=np.roll(np.eye(3)[p.id], -1)))
+    at = {i: np.tile(row[:, None], 4) for i, row in enumerate(np.eye(3))}
+    added = []
+    for n in range(300):
+        [p] = opt.ask(1)
+        at[p.id] = bands(p, manifest)
+        change = at[p.id] - (at[p.parents[0]] + at[p.parents[1]]) / 2
+        expert = (1, 2, 0)[n % 3]
+        np.testing.assert_allclose(np.delete(change, expert, axis=0), 0.0, atol=2e-6)
+        added.append(change[expert])
+        opt.tell(p, Result(np.array([0.0]), measures=skills(coefficients(p, manifest))))
+
+    assert np.min(added) >= -2e-6
+    assert np.max(added) <= 0.3 + 2e-6
+    assert np.mean(added, axis=0) == pytest.approx([0.15] * 4, abs=0.02)
+    assert np.std(added, axis=0) == pytest.approx([0.3 / 12**0.5] * 4, rel=0.1)
+    assert np.abs(np.corrcoef(np.transpose(added))[np.triu_indices(4, 1)]).max() < 0.2, "each band by itself"
 
 
 def test_elite_sampling_by_hand() -> None:
@@ -138,9 +173,10 @@ def test_elite_sampling_by_hand() -> None:
     assert elite_shares(np.array([1.0]), np.array([[3]])) == pytest.approx([1.0])
 
 
-def test_finds_mixes_that_no_expert_is(manifest: Manifest) -> None:
+@pytest.mark.parametrize("mutation", ["singular", "coefficients"])
+def test_finds_mixes_that_no_expert_is(mutation: str, manifest: Manifest) -> None:
     """Each archive gets cells beyond the experts', and a mix better on all skills than any expert on its worst."""
-    told = search(optimizer(manifest), manifest, 203)
+    told = search(optimizer(manifest, mutation=mutation), manifest, 203)
 
     grid = Grid(SKILLS)
     assert len({grid.of(m) for _, m in told}) > 20
@@ -164,6 +200,8 @@ def test_what_fails_or_violates_is_nobodys_parent(manifest: Manifest) -> None:
         ({"population": 0}, "population: at least 1"),
         ({"crossover_sigma": 0.5}, "`0 <= crossover_sigma <= 0.3` must hold, got 0.5"),
         ({"sigma": -1.0}, "`0 <= sigma` must hold"),
+        ({"rate": 2.0}, "`0 <= rate <= 1` must hold, got 2"),
+        ({"mutation": "none"}, "mutation should be singular or coefficients, got 'none'"),
     ],
 )
 def test_wrong_settings_are_told(settings: dict[str, Any], words: str) -> None:

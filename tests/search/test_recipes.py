@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from evomerge.manifest import Manifest
+from evomerge.merge.methods import BANDS
 from evomerge.proposal import Proposal, Result, frozen_genome
 from evomerge.search import ALGORITHMS, make_optimizer, make_options, needs_of
 from evomerge.search.archive import Dimension
@@ -72,7 +73,7 @@ def mix_of(p: Proposal, manifest: Manifest) -> dict[str, float]:
     """Source -> share of the mean that a recipe builds; a block without a rule is the base. What task arithmetic adds
     to the base is taken from the base's share.
 
-    Of segments the mean shares over the flat layout.
+    Of segments the mean shares over the flat layout, of bands of singular values the mean of the bands.
     """
     assert p.recipe is not None
     if p.recipe.segments is not None:
@@ -87,8 +88,8 @@ def mix_of(p: Proposal, manifest: Manifest) -> dict[str, float]:
     rules = [r.sources for r in blocks.values()]
     assert len(rules) == len(manifest.blocks)
     assert all(r == rules[0] for r in rules), "one mix for the whole model"
-    mix = {n: c["weight"] for n, c in rules[0].items()}
-    if {r.method for r in blocks.values()} == {"task_arithmetic"}:
+    mix = {n: c["weight"] * np.mean([c[b] for b in BANDS if b in c] or [1.0]) for n, c in rules[0].items()}
+    if {r.method for r in blocks.values()} <= {"spectral", "task_arithmetic"}:  # which add to the base
         mix[manifest.base] = 1.0 - sum(mix.values())
     return mix
 
