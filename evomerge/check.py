@@ -79,7 +79,7 @@ def check(experiment: Experiment, allow: Allowed = NOTHING) -> Check:
         experts=prepared.manifest.experts,
         dtype=prepared.dtype,
         device=prepared.device,
-        stages=tuple(s.describe() for s in prepared.spaces),
+        stages=tuple(_described(prepared, n) for n in range(len(prepared.stages))),
         items={s: {t: len(p) for t, p in i.tasks.items()} for s, i in items.items()},
         tokens_per_candidate=tokens,
         least_tokens_per_candidate=least,
@@ -94,6 +94,12 @@ def check(experiment: Experiment, allow: Allowed = NOTHING) -> Check:
             *remarks({n: licence_of(p) for n, p in prepared.folders.items()}),
         ),
     )
+
+
+def _described(prepared: Prepared, n: int) -> dict[str, Any]:
+    """What a stage searches, and with what."""
+    algorithm, _ = prepared.experiment.algorithm_of(prepared.stages[n])
+    return {"algorithm": algorithm, "proposes": needs_of(algorithm).proposes, **prepared.spaces[n].describe()}
 
 
 def _memory(prepared: Prepared) -> int:
@@ -142,6 +148,9 @@ def text(c: Check) -> str:
         f"merged in {c.dtype} on {c.device}",
     ]
     for n, s in enumerate(c.stages, 1):
+        if s["proposes"] == "recipes":
+            lines.append(f"stage {n}  no axes: {s['algorithm']} mixes the models itself")
+            continue
         lines.append(f"stage {n}  {s['axes']} axes, {s['method']} over {s['groups']} groups of blocks")
         searched = ", ".join(_range(c, bounds) for c, bounds in s["bounds"].items())
         fixed = ", ".join(f"{c} {v}" if isinstance(v, str | bool) else f"{c} {v:g}" for c, v in s["fixed"].items())

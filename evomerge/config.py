@@ -17,7 +17,7 @@ from evomerge.library import find
 from evomerge.mergekit_evolve import is_genome_file
 from evomerge.recipe import Recipe
 from evomerge.schema import validated
-from evomerge.search import ALGORITHMS, make_options
+from evomerge.search import ALGORITHMS, make_options, needs_of
 from evomerge.search.auto import AUTO
 from evomerge.space import SpaceSpec
 from evomerge.tasks import Task
@@ -186,13 +186,19 @@ class Export(_Part):
     format: Literal["hf", "mergekit"] | None = None
 
 
+UNUSED_SPACE = "one-weight-per-expert"
+"""The space of algorithms that propose recipes: they search no axes, so any will do."""
+
+
 class Experiment(_Part):
     """One experiment file, as resolved: library entries inlined, paths absolute."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]*$")
     description: str = ""
     models: Models
-    search_space: str | StagedSpec | SpaceSpec
+    search_space: str | StagedSpec | SpaceSpec = Field(
+        UNUSED_SPACE, description="needed but for algorithms that mix the models themselves"
+    )
     fitness: str | FitnessSpec
     search: Search
     workers: Workers = Workers()
@@ -248,6 +254,10 @@ class Experiment(_Part):
                 **({} if isinstance(self.search.items, str) else {"items": self.search.items.model_dump(mode="json")}),
             }
         )
+
+    def axes_of(self, stage: Stage, count: int) -> str:
+        """What a stage searches, in words: its space's axes, or none where the algorithm mixes the models itself."""
+        return "no axes" if needs_of(self.algorithm_of(stage)[0]).proposes == "recipes" else f"{count} axes"
 
     def to_yaml(self) -> str:
         """The resolved experiment, readable by `load`."""
@@ -317,6 +327,11 @@ def load(source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | 
         raise UserError(
             f"{where}: search.algorithm: unknown algorithm {experiment.search.algorithm!r}"
             f"{nearest(experiment.search.algorithm, (AUTO, *ALGORITHMS))}"
+        )
+    algorithm = experiment.search.algorithm
+    if "search_space" not in data and (algorithm == AUTO or needs_of(algorithm).proposes == "genomes"):
+        raise UserError(
+            f"{where}: the key 'search_space' is missing; name one of `evomerge list spaces`, or write one inline"
         )
     resolved = experiment.model_copy(
         update={

@@ -88,7 +88,8 @@ class Terminal:
         self._total = allowance.total
         self._minutes = allowance.budget.minutes
         self._report_metrics = {t.name: t.report_metric for t in prepared.experiment.benchmarks}
-        stages = ", ".join(f"{len(s.axes)} axes" for s in prepared.spaces)
+        both = zip(prepared.stages, prepared.spaces, strict=True)
+        stages = ", ".join(prepared.experiment.axes_of(stage, len(space.axes)) for stage, space in both)
         if self._minutes is not None:
             budget = f"{self._minutes:g} minutes"
         elif self._total is not None:

@@ -29,8 +29,16 @@ def validated(model: type[T], data: Any, where: str) -> T:
 def _first_line(model: type[BaseModel], data: Any, error: ValidationError) -> str:
     # Unknown keys first: a misspelt key usually causes the other complaints. Then the innermost: a list that is too
     # short for its bad entries says less. Last what a mapping gets to hear where it could also have been a name.
+    # A key that another member of a union has is unknown to this one only.
+    own = [e for e in error.errors() if not (e["type"] == "extra_forbidden" and _known_key(model, e))]
     errors = sorted(
-        error.errors(), key=lambda e: (e["type"] != "extra_forbidden", -len(_place(e, data)), _another_shape(e))
+        own or error.errors(),
+        key=lambda e: (
+            e["type"] != "extra_forbidden",
+            -len(_place(e, data)),
+            e["type"] == "missing",
+            _another_shape(e),
+        ),
     )
     first = errors[0]
     place = _place(first, data)
@@ -49,6 +57,10 @@ def _first_line(model: type[BaseModel], data: Any, error: ValidationError) -> st
         if "got" not in text and not isinstance(first["input"], dict | list):
             text = f"{text}, got {first['input']!r}"
     return " ".join((f"{at}: {text}" if at else text).split())[:400]
+
+
+def _known_key(model: type[BaseModel], error: ErrorDetails) -> bool:
+    return str(error["loc"][-1]) in _fields_at(model, error["loc"][:-1])
 
 
 def _another_shape(error: ErrorDetails) -> bool:

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from evomerge.check import check, text
 from evomerge.config import Experiment, StagedSpec, load, parse_overrides
 from evomerge.errors import UserError
 from evomerge.fitness import FitnessSpec, resolve_fitness
@@ -287,7 +288,7 @@ def test_bad_experiments_get_one_line(overrides: Data, words: str) -> None:
 @pytest.mark.parametrize("key", ["name", "models", "search_space", "fitness", "search"])
 def test_missing_keys_are_named(key: str) -> None:
     """Each key that an experiment needs is asked for by name."""
-    assert message({k: v for k, v in GOOD.items() if k != key}).endswith(f"the key {key!r} is missing")
+    assert f"the key {key!r} is missing" in message({k: v for k, v in GOOD.items() if k != key})
 
 
 @pytest.mark.parametrize(
@@ -426,3 +427,17 @@ def test_identity_has_models_items_and_type() -> None:
     ids = {identity(), identity(hashes={**HASHES, "math": "d"}), identity(plans={"facts": "p2"}), identity(dtype="b")}
 
     assert len(ids) == 4
+
+
+def test_a_space_is_needed_where_axes_are_searched(small_experiment: Path) -> None:
+    """Algorithms that mix the models themselves do without; others say what to name."""
+    data = json.loads(small_experiment.read_text())
+    del data["search_space"]
+    file = small_experiment.with_name("no-space.yaml")
+    file.write_text(json.dumps(data))
+
+    with pytest.raises(UserError, match="the key 'search_space' is missing; name one of"):
+        load(file)
+    mixed = load(file, {"search": {"algorithm": "greedy-soup", "budget": {"evaluations": 9}}})
+    assert mixed.axes_of(mixed.stages[0], 3) == "no axes"
+    assert "no axes: greedy-soup mixes the models itself" in text(check(mixed))

@@ -37,8 +37,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 def prepared(notes: tuple[str, ...] = ()) -> Any:
     """What `begin` reads of a prepared experiment."""
+    benchmarks = [SimpleNamespace(name="t", report_metric="accuracy")]
     return SimpleNamespace(
-        experiment=SimpleNamespace(name="my-merge", benchmarks=[SimpleNamespace(name="t", report_metric="accuracy")]),
+        experiment=SimpleNamespace(name="my-merge", benchmarks=benchmarks, axes_of=lambda stage, n: f"{n} axes"),
+        stages=(1, 2),
         spaces=[SimpleNamespace(axes=(1, 2, 3)), SimpleNamespace(axes=(1,) * 18)],
         manifest=SimpleNamespace(parameters=1_234_567, experts=("a", "b")),
         items={"search": ITEMS},

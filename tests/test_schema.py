@@ -19,6 +19,13 @@ class Inner(BaseModel):
     from_: str = Field("", alias="from")
 
 
+class Other(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    count: int = Field(ge=1)
+    by: Literal["x", "y"] = "x"
+
+
 class Outer(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
@@ -26,6 +33,7 @@ class Outer(BaseModel):
     by_key: Mapping[str, Inner] = {}
     rows: tuple[Inner, ...] = ()
     either: Literal["a"] | Inner | tuple[Inner, ...] = "a"
+    parted: Inner | Other | None = None
     some: Mapping[str, str] = Field({"x": "y"}, min_length=1)
 
 
@@ -36,6 +44,9 @@ class Outer(BaseModel):
         ({"int": 1}, "unknown key 'int'"),
         ({"rows": [{"size": 1}, {"siz": 1}]}, "unknown key 'rows.1.siz'; did you mean 'size'?"),
         ({"rows": [{"size": 1, "form": "x"}]}, "unknown key 'rows.0.form'; did you mean 'from'?"),
+        ({"parted": {"count": 0}}, "parted.count: expected at least 1, got 0"),
+        ({"parted": {"count": 1, "by": "z"}}, "parted.by: expected 'x' or 'y', got 'z'"),
+        ({"parted": {"count": 1, "bu": "x"}}, "unknown key 'parted.bu'; did you mean 'by'?"),
         ({"rows": [{}]}, "the key 'rows.0.size' is missing"),
         ({"by_key": {"Math": {"size": 0}}}, "by_key.Math.size: expected more than 0, got 0"),
         ({"by_key": {"str": {"size": 0}}}, "by_key.str.size: expected more than 0, got 0"),

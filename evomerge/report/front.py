@@ -93,7 +93,7 @@ def best_where(history: History, best: str, conditions: Sequence[str]) -> int:
 
     def score(number: int, name: str) -> float:
         if name not in tasks:
-            raise UserError(f"there is no task {name!r}{nearest(name, tasks)}")
+            raise UserError(f"--where: there is no task {name!r}{nearest(name, tasks)}; objectives go with --prefer")
         scores = history.entry(number).scores("select")
         assert scores is not None
         return float(np.mean(scores[name][tasks[name].report_metric], dtype=np.float64))
@@ -110,7 +110,7 @@ def best_where(history: History, best: str, conditions: Sequence[str]) -> int:
         if not able:
             raise UserError(f"no member of the front has {text.strip()} on the select split")
     if best not in tasks:
-        raise UserError(f"--best: there is no task {best!r}{nearest(best, tasks)}")
+        raise UserError(f"--best: there is no task {best!r}{nearest(best, tasks)}; objectives go with --prefer")
     sign_of = tasks[best].sign(tasks[best].report_metric)
     return min(able, key=lambda i: (sign_of * score(i, best), i))
 

@@ -207,8 +207,9 @@ def _listed(names: Sequence[str], most: int = 12) -> str:
 
 def _space(history: History) -> str:
     out = []
-    for space in history.spaces:
-        out.append(f"{space.describe()['method']} with {len(space.axes):,} coefficients")
+    for stage, space in zip(history.experiment.stages, history.spaces, strict=True):
+        axes = history.experiment.axes_of(stage, len(space.axes))
+        out.append(axes if axes == "no axes" else f"{space.describe()['method']} with {len(space.axes):,} coefficients")
     return ", then ".join(out)
 
 
