@@ -178,6 +178,6 @@ def test_fifty_kills(finished_run: Path, tmp_path: Path) -> None:
         f"{halves} of them not loadable"
     )
     assert {*codes.values()} <= {0, -signal.SIGKILL}
-    assert len(killed) >= 40
+    assert len(killed) >= 25, "most die before they are done"
     assert {n for n, code in codes.items() if code == 0} <= {*whole}
     assert main(["export", str(finished_run), "--to", str(parent / "again")]) == 0

@@ -198,12 +198,12 @@ def _yaml_files(tasks: Path) -> dict[Path, str]:
     return {p: p.read_text(encoding="utf-8", errors="replace") for p in sorted(tasks.glob("**/*.yaml"))}
 
 
-_NAMES = re.compile(r"""^["']?(?:task|group)["']?:[ \t]*["']?([\w.:+/-]+)["']?[ \t]*(?:#.*)?$""", re.MULTILINE)
-"""What a YAML file says that its task or group is called."""
+_NAMES = re.compile(r"""^["']?(task|group)["']?:[ \t]*["']?([\w.:+/-]+)["']?[ \t]*(?:#.*)?$""", re.MULTILINE)
+"""(task or group, its name) where a YAML file says what it is called."""
 
 
 def _file_of(name: str, tasks: Path) -> Path | None:
-    """The only file below `tasks` that calls a task or group so, None where it takes lm-eval's index to tell.
+    """The only file below `tasks` that calls its task so, None where it takes lm-eval's index to tell.
 
     Raises UserError for a name that stands in none of the files, and so can be neither task, group nor tag.
     """
@@ -212,10 +212,10 @@ def _file_of(name: str, tasks: Path) -> Path | None:
     having = [p for p, text in texts.items() if word.search(text)]
     if not having:
         raise UserError(
-            f"lm-eval has no task {name!r}{nearest(name, {n for t in texts.values() for n in _NAMES.findall(t)})}"
+            f"lm-eval has no task {name!r}{nearest(name, {n for t in texts.values() for _, n in _NAMES.findall(t)})}"
         )
-    files = [p for p in having if name in _NAMES.findall(texts[p])]
-    return files[0] if len(files) == 1 else None
+    called = [(p, kind) for p in having for kind, n in _NAMES.findall(texts[p]) if n == name]
+    return called[0][0] if len(called) == 1 and called[0][1] == "task" else None
 
 
 @cache
