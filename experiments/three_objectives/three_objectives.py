@@ -32,8 +32,6 @@ ROOT = HERE.parents[1]
 TASKS = ("add", "attr", "count")
 CANDIDATES = 300
 FINALISTS = 40
-LATTICE = 4
-"""Parts of the simplex lattice: 15 preference vectors."""
 CHANCE = 0.25
 BOOTSTRAPS = 1000
 
@@ -50,7 +48,8 @@ SEARCHES: Mapping[str, tuple[str, Any]] = {
     "random, 3 axes": ("random", "one-weight-per-expert"),
     "random, 18 axes": ("random", "per-layer"),
 }
-SWEEP = "cma-es sweep, 3 axes"
+SWEEPS = {"cma-es sweep, 3 axes, 6 preferences": 2, "cma-es sweep, 3 axes, 15 preferences": 4}
+"""Parts that the simplex lattice of preference vectors cuts each weight into."""
 
 Front = list[dict[str, NDArray[np.float32]]]
 """One member after the other: task -> probability of the right choice of each report item."""
@@ -87,11 +86,11 @@ def experiment(algorithm: str, space: Any, seed: int, weights: Mapping[str, floa
     )
 
 
-def preferences() -> Iterator[dict[str, float]]:
+def preferences(cuts: int) -> Iterator[dict[str, float]]:
     """The lattice's preference vectors; a task of weight 0 is left out."""
-    for parts in itertools.product(range(LATTICE + 1), repeat=len(TASKS)):
-        if sum(parts) == LATTICE:
-            yield {t: p / LATTICE for t, p in zip(TASKS, parts, strict=True) if p}
+    for parts in itertools.product(range(cuts + 1), repeat=len(TASKS)):
+        if sum(parts) == cuts:
+            yield {t: p / cuts for t, p in zip(TASKS, parts, strict=True) if p}
 
 
 def member(h: History, candidate: int) -> dict[str, NDArray[np.float32]]:
@@ -108,13 +107,16 @@ def searched(name: str, seed: int, runs: Path) -> tuple[Front, int]:
     return [member(h, i) for i in h.front], h.evaluated["search"]
 
 
-def swept(seed: int, runs: Path) -> tuple[Front, int]:
+def swept(cuts: int, seed: int, runs: Path) -> tuple[Front, int]:
     """The non-dominated winners (on select) of the sweep, and the item evaluations of all its searches."""
-    vectors = list(preferences())
+    vectors = list(preferences(cuts))
     losses, members, spent = [], [], 0
     for i, weights in enumerate(vectors):
         budget = CANDIDATES // len(vectors)
-        h = run(experiment("cma-es", "one-weight-per-expert", seed, weights, budget), runs / f"sweep-{seed}-{i}")
+        h = run(
+            experiment("cma-es", "one-weight-per-expert", seed, weights, budget),
+            runs / f"sweep-{len(vectors)}-{seed}-{i}",
+        )
         assert h.winner_id is not None
         select = h.entry(h.winner_id).scores("select")
         assert select is not None
@@ -140,8 +142,8 @@ def main(seeds: list[int]) -> None:
     runs = Path("runs") / "three-objectives"
     found: dict[tuple[str, int], tuple[Front, int]] = {}
     for seed in seeds:
-        for name in (*SEARCHES, SWEEP):
-            found[name, seed] = swept(seed, runs) if name == SWEEP else searched(name, seed, runs)
+        for name in (*SEARCHES, *SWEEPS):
+            found[name, seed] = swept(SWEEPS[name], seed, runs) if name in SWEEPS else searched(name, seed, runs)
             print(name, seed, f"{volume(found[name, seed][0]):.4f}", len(found[name, seed][0]), flush=True)
     rows = []
     rng = np.random.Generator(np.random.PCG64(0))
