@@ -144,6 +144,7 @@ def test_nothing_is_evaluated_again(finished: Path, plain: With, tmp_path: Path,
     assert (tmp_path / "out" / "journal.jsonl").read_bytes() == (finished / "journal.jsonl").read_bytes()
 
 
+@pytest.mark.slow
 def test_two_workers_write_the_same(finished: Path, plain: With, tmp_path: Path) -> None:
     """Two processes instead of the driver itself: the same journal to the byte."""
     run(plain(**STAGED, **{"workers.backend": "local", "workers.count": 2}), tmp_path / "out")

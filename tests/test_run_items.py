@@ -150,6 +150,7 @@ def test_a_cut_run_ends_as_a_whole_one(share: float, adaptive_run: Path, experim
     assert (tmp_path / "out" / "journal.jsonl").read_bytes() == whole
 
 
+@pytest.mark.slow
 def test_two_workers_write_the_same(adaptive_run: Path, experiment_with: With, tmp_path: Path) -> None:
     """Two processes instead of the driver itself: the same journal to the byte."""
     run(experiment_with(**ADAPTIVE, **{"workers.backend": "local", "workers.count": 2}), tmp_path / "out")
