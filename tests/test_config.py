@@ -287,8 +287,9 @@ def test_bad_experiments_get_one_line(overrides: Data, words: str) -> None:
 
 @pytest.mark.parametrize("key", ["name", "models", "search_space", "fitness", "search"])
 def test_missing_keys_are_named(key: str) -> None:
-    """Each key that an experiment needs is asked for by name."""
-    assert f"the key {key!r} is missing" in message({k: v for k, v in GOOD.items() if k != key})
+    """Each key that an experiment needs is asked for by name; a space with what there is."""
+    more = "; name one of `evomerge list spaces`, or write one inline" if key == "search_space" else ""
+    assert message({k: v for k, v in GOOD.items() if k != key}).endswith(f"the key {key!r} is missing{more}")
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,10 @@ for n in range(kills + 1):
         time.sleep(rng.uniform(0.0, seconds))
         os.kill(child, signal.SIGKILL)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    seconds = seconds or time.monotonic() - begun
+    if n == 0:
+        seconds = time.monotonic() - begun
+    elif code == 0:  # done before its kill: the first one was slow, later ones are aimed at sooner
+        seconds *= 0.85
     print(json.dumps([n, code]), flush=True)
 """
 
@@ -178,6 +181,6 @@ def test_fifty_kills(finished_run: Path, tmp_path: Path) -> None:
         f"{halves} of them not loadable"
     )
     assert {*codes.values()} <= {0, -signal.SIGKILL}
-    assert len(killed) >= 25, "most die before they are done"
+    assert len(killed) >= 40
     assert {n for n, code in codes.items() if code == 0} <= {*whole}
     assert main(["export", str(finished_run), "--to", str(parent / "again")]) == 0
