@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -52,7 +53,7 @@ class Scorable:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(ABC):
     """A compiled task; each kind adds what it scores. `item_ids` and `splits` are in the order of the items."""
 
     task: str
@@ -66,13 +67,13 @@ class Plan:
         """Hash of all that scores depend on: equal ids mean equal scores. Part of the score cache's key."""
         return digest([self.task, self.kind, self.shape.to_json(), *self.content(), self.item_ids])
 
+    @abstractmethod
     def content(self) -> Sequence[Any]:
         """Plain data of what is scored and how, for `id`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def tokens(self, positions: Sequence[int]) -> int:
         """Tokens that the model computes for these items, padding apart; an upper bound where that is not known."""
-        raise NotImplementedError
 
     def least_tokens(self, positions: Sequence[int]) -> int:
         """The same from below."""
