@@ -23,6 +23,20 @@ class Architecture:
     layer: re.Pattern[str]
     modules: Mapping[str, str]
     head: tuple[str, ...] = ("lm_head.weight", "lm_head.bias")
+    branches: tuple[str, str] = ("self_attn.o_proj", "mlp.down_proj")
+    """The modules of a layer whose outputs its two branches add to the residual stream: attention's and the MLP's."""
+    offset: float = 0.0
+    """What a branch's last module adds to its weight: 1 for Gemma's norms, which multiply by 1 + weight."""
+
+    @property
+    def stack(self) -> str:
+        """The name of the list of layers in the live model."""
+        return self.layer.pattern.partition(r"\.(\d+)")[0].replace("\\", "")
+
+    def layer_of(self, tensor: str) -> tuple[int, str] | None:
+        """(layer, name within it) of a layer's tensor."""
+        found = self.layer.fullmatch(tensor)
+        return None if found is None else (int(found[1]), found[2])
 
     def block_of(self, tensor: str) -> str | None:
         """The block a tensor belongs to, or None for a name this family does not have."""
@@ -62,6 +76,8 @@ _GEMMA2 = Architecture(
         "pre_feedforward_layernorm.": "norm",
         "post_feedforward_layernorm.": "norm",
     },
+    branches=("post_attention_layernorm", "post_feedforward_layernorm"),
+    offset=1.0,
 )
 
 ARCHITECTURES: Mapping[str, Architecture] = {
@@ -78,12 +94,14 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         final_norm="model.final_layernorm",
         layer=_LLAMA.layer,
         modules=_LLAMA.modules,
+        branches=("self_attn.dense", "mlp.fc2"),
     ),
     "gpt2": Architecture(
         embed=("transformer.wte.weight", "transformer.wpe.weight"),
         final_norm="transformer.ln_f",
         layer=re.compile(r"transformer\.h\.(\d+)\.(.+)"),
         modules={"attn.": "attention", "mlp.": "mlp", "ln_1.": "norm", "ln_2.": "norm"},
+        branches=("attn.c_proj", "mlp.c_proj"),
     ),
     "gpt_neox": Architecture(
         embed=("gpt_neox.embed_in.weight",),
@@ -95,6 +113,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             "input_layernorm.": "norm",
             "post_attention_layernorm.": "norm",
         },
+        branches=("attention.dense", "mlp.dense_4h_to_h"),
     ),
 }
 """Keyed by `model_type` of config.json. The scorer's branches are checked against plain transformers for each."""

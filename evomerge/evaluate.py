@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from evomerge.hub import folder_of
 from evomerge.manifest import Manifest
@@ -19,6 +20,7 @@ from evomerge.merge.builder import Builder
 from evomerge.merge.gradient import RECOMPUTE_ABOVE, activation_bytes, inner_products, recomputed
 from evomerge.merge.live import inference, live_model, load_tokenizer
 from evomerge.merge.pipeline import BuildError
+from evomerge.merge.route import Router
 from evomerge.pool import ModelPool
 from evomerge.proposal import Evaluation, Gradients, Job, Scores, Telemetry, WorkUnit
 from evomerge.score import make_scorer
@@ -50,7 +52,9 @@ class MergeEvaluator:
         pool = ModelPool.open(folder_of(spec.base), experts, spec.manifest.base)
         self._builder = Builder(Bank.load(pool, spec.manifest, self.device), spec.dtype)
         self._base = pool.checkpoints[pool.base].path
+        self._pool = pool
         self._candidate = self._scorable()
+        self._router = self._routed()
         self._plans = spec.plans
         cuda = self.device.type == "cuda"
         self._device_name = torch.cuda.get_device_name(self.device) if cuda else "cpu"
@@ -60,9 +64,21 @@ class MergeEvaluator:
         model = live_model(self._base, self._builder.views(), self._builder.dtype)
         return Scorable(model, load_tokenizer(self._base), self._builder.distance)
 
+    def _routed(self) -> Router:
+        return Router(self._candidate.model, self._pool, self._builder.bank, self._builder)
+
     def evaluate(self, unit: WorkUnit) -> list[tuple[Evaluation, Telemetry]]:
-        """One result per job, in order. Never raises for a bad candidate."""
-        return [self._one(job) for job in unit.jobs]
+        """One result per job, in order. Never raises for a bad candidate.
+
+        Where routes of a unit begin alike, what they have in common is computed once.
+        """
+        paths = [self._router.path(job.recipe) if job.recipe.route is not None else () for job in unit.jobs]
+        out = []
+        for i, job in enumerate(unit.jobs):
+            self._router.shared.expect(paths[i], paths[i + 1 :])
+            out.append(self._one(job))
+        self._router.shared.clear()
+        return out
 
     def _one(self, job: Job) -> tuple[Evaluation, Telemetry]:
         start = time.perf_counter()
@@ -70,17 +86,16 @@ class MergeEvaluator:
         changed = 0
         try:
             changed = self._builder.build(job.recipe)
+            self._router.follow(job.recipe)
             built = time.perf_counter()
-            scores: Scores = {
-                task: self._scorers[self._plans[task].kind].score(self._candidate, self._plans[task], positions)
-                for task, positions in job.items.tasks.items()
-            }
+            scores: Scores = {task: self._scored(task, positions) for task, positions in job.items.tasks.items()}
             result = Evaluation("ok", scores, gradients=self._gradients(job) if job.gradients else None)
         except (BuildError, NonFinite) as e:
             result = Evaluation("failed:nan", reason=str(e))
         except Altered as e:
             self._builder.forget()
             self._candidate = self._scorable()
+            self._router = self._routed()
             result = Evaluation("failed:error", reason=str(e)[:500])
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
@@ -101,6 +116,12 @@ class MergeEvaluator:
             device=self._device_name,
             changed_blocks=changed,
         )
+
+    def _scored(self, task: str, positions: tuple[int, ...]) -> Mapping[str, NDArray[np.float32]]:
+        plan = self._plans[task]
+        scorer = self._scorers[plan.kind]
+        with self._router.sharing((plan.id, positions)) if scorer.stateless else nullcontext():
+            return scorer.score(self._candidate, plan, positions)
 
     def _gradients(self, job: Job) -> Gradients:
         """Of the job's tasks, for what is built. Raises NonFinite."""

@@ -215,7 +215,7 @@ def inspect_pool(base: tuple[str, Path], experts: Mapping[str, Path]) -> Inspect
     opened: dict[str, Checkpoint] = {}
     for expert, path in experts.items():
         try:
-            ModelPool.open(folder, {expert: path}, name)
+            ModelPool.open(folder, {expert: path}, name).check_mergeable()
         except UserError as e:
             findings.append(Finding("error", "pool", expert, str(e)))
         try:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -12,7 +12,7 @@ from evomerge.canonical import digest
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor of the base in the flat layout: `offset` and the size are counted in elements."""
+    """One tensor of a flat layout: `offset` and the size are counted in elements."""
 
     name: str
     shape: tuple[int, ...]
@@ -60,31 +60,36 @@ class Manifest:
     layers: Mapping[str, int]
     tensors: tuple[TensorInfo, ...]
     hashes: Mapping[str, str]
+    layouts: Mapping[str, tuple[TensorInfo, ...]] = field(default_factory=dict)
+    """The tensors of sources with another number of layers than the base: routes visit them, merges cannot."""
 
     @property
     def experts(self) -> tuple[str, ...]:
-        """Every source but the base, sorted."""
-        return tuple(sorted(name for name in self.hashes if name != self.base))
+        """Every source but the base that can be merged with it, sorted."""
+        return tuple(sorted(name for name in self.hashes if name != self.base and name not in self.layouts))
 
     @cached_property
     def blocks(self) -> Mapping[str, Block]:
         """Blocks by name, in layout order: embed, layers.0.attention, layers.0.mlp, ..., final_norm, head."""
-        grouped: dict[str, list[TensorInfo]] = {}
-        for t in self.tensors:
-            grouped.setdefault(t.block, []).append(t)
-        out = {}
-        for name, tensors in grouped.items():
-            parts = name.split(".")
-            layer = int(parts[1]) if parts[0] == "layers" else None
-            last = tensors[-1]
-            out[name] = Block(name, parts[-1], layer, tensors[0].offset, last.offset + last.size, tuple(tensors))
-        return out
+        return _blocks(self.tensors)
+
+    @cached_property
+    def _others(self) -> Mapping[str, Mapping[str, Block]]:
+        return {name: _blocks(tensors) for name, tensors in self.layouts.items()}
+
+    def blocks_of(self, source: str) -> Mapping[str, Block]:
+        """The blocks of one source: other ones than the base's where it has another number of layers."""
+        return self._others.get(source, self.blocks)
+
+    def elements_of(self, source: str) -> int:
+        """Length of one source's flat layout."""
+        last = self.layouts.get(source, self.tensors)[-1]
+        return last.offset + last.size
 
     @property
     def elements(self) -> int:
         """Length of the flat layout, alignment gaps included."""
-        last = self.tensors[-1]
-        return last.offset + last.size
+        return self.elements_of(self.base)
 
     @property
     def parameters(self) -> int:
@@ -101,18 +106,39 @@ class Manifest:
         return {
             "base": self.base,
             "layers": dict(self.layers),
-            "tensors": [[t.name, list(t.shape), t.dtype, t.block, t.offset] for t in self.tensors],
+            "tensors": _rows(self.tensors),
             "hashes": dict(self.hashes),
+            **({"layouts": {n: _rows(t) for n, t in self.layouts.items()}} if self.layouts else {}),
         }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Manifest:
         """Read what `to_json` wrote."""
-        tensors = tuple(
-            TensorInfo(str(n), tuple(int(d) for d in s), str(t), str(b), int(o)) for n, s, t, b, o in data["tensors"]
-        )
         layers = {str(n): int(count) for n, count in data["layers"].items()}
-        return cls(str(data["base"]), layers, tensors, {str(n): str(h) for n, h in data["hashes"].items()})
+        hashes = {str(n): str(h) for n, h in data["hashes"].items()}
+        layouts = {str(n): _tensors(rows) for n, rows in data.get("layouts", {}).items()}
+        return cls(str(data["base"]), layers, _tensors(data["tensors"]), hashes, layouts)
+
+
+def _blocks(tensors: tuple[TensorInfo, ...]) -> dict[str, Block]:
+    grouped: dict[str, list[TensorInfo]] = {}
+    for t in tensors:
+        grouped.setdefault(t.block, []).append(t)
+    out = {}
+    for name, mine in grouped.items():
+        parts = name.split(".")
+        layer = int(parts[1]) if parts[0] == "layers" else None
+        last = mine[-1]
+        out[name] = Block(name, parts[-1], layer, mine[0].offset, last.offset + last.size, tuple(mine))
+    return out
+
+
+def _rows(tensors: tuple[TensorInfo, ...]) -> list[list[Any]]:
+    return [[t.name, list(t.shape), t.dtype, t.block, t.offset] for t in tensors]
+
+
+def _tensors(rows: Sequence[Sequence[Any]]) -> tuple[TensorInfo, ...]:
+    return tuple(TensorInfo(str(n), tuple(int(d) for d in s), str(t), str(b), int(o)) for n, s, t, b, o in rows)
 
 
 ALIGN = 64

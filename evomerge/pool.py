@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from evomerge.architectures import block_order
+from evomerge.architectures import ARCHITECTURES, block_order
 from evomerge.errors import UserError
-from evomerge.manifest import Manifest, lay_out
+from evomerge.manifest import Manifest, TensorInfo, lay_out
 from evomerge.stock import Conversion, Stock
 
 DTYPES: Mapping[str, torch.dtype] = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -260,18 +260,29 @@ def _check_alike(base: Checkpoint, expert: Checkpoint, name: str) -> None:
     who = f"expert {name!r} ({expert.path})"
     if expert.model_type != base.model_type:
         raise UserError(f"{who}: architecture {expert.model_type!r}, but the base is {base.model_type!r}")
-    if expert.layers != base.layers:
-        raise UserError(f"{who}: {expert.layers} layers, but the base has {base.layers}")
     if expert.tied != base.tied:
         raise UserError(f"{who}: tie_word_embeddings is {expert.tied}, but the base's is {base.tied}")
+    row = ARCHITECTURES.get(base.model_type)
+    if expert.layers != base.layers and row is None:
+        raise UserError(
+            f"{who}: {expert.layers} layers, but the base has {base.layers}; routes through models of different depth "
+            f"are known for {', '.join(ARCHITECTURES)}"
+        )
+
+    def beyond(name: str, layers: int) -> bool:
+        found = None if row is None else row.layer.fullmatch(name)
+        return found is not None and int(found[1]) >= layers
+
     for n, t in base.tensors.items():
         other = expert.tensors.get(n)
+        if other is None and beyond(n, expert.layers):
+            continue
         if other is None:
             raise UserError(f"{who}: tensor {n!r} is missing")
         by_token = n in base.stock.rows  # a vocabulary may be longer or shorter
         if (other.shape[1:] if by_token else other.shape) != (t.shape[1:] if by_token else t.shape):
             raise UserError(f"{who}: shape of {n!r} is {list(other.shape)}, but the base's is {list(t.shape)}")
-    extra = sorted(set(expert.tensors) - set(base.tensors))
+    extra = sorted(n for n in expert.tensors if n not in base.tensors and not beyond(n, base.layers))
     if extra:
         raise UserError(f"{who}: tensor {extra[0]!r} is not in the base")
     for key in ("num_attention_heads", "num_key_value_heads", "head_dim"):
@@ -408,6 +419,16 @@ class ModelPool:
             sizes[t.dtype] = sizes.get(t.dtype, 0) + int(torch.Size(t.shape).numel())
         return RECIPE_DTYPES[max(sizes, key=lambda d: sizes[d])]
 
+    def check_mergeable(self) -> None:
+        """Raise UserError for an expert of another depth than the base, which only routes can use."""
+        base = self.checkpoints[self.base]
+        for name, c in self.checkpoints.items():
+            if c.layers != base.layers:
+                raise UserError(
+                    f"expert {name!r} ({c.path}): {c.layers} layers, but the base has {base.layers}; only layer routes "
+                    "go through models of different depth"
+                )
+
     def notes(self) -> list[str]:
         """Differences worth a look."""
         experts = {n: c for n, c in self.checkpoints.items() if n != self.base}
@@ -423,7 +444,15 @@ class ModelPool:
             if digest in seen:
                 raise UserError(f"{name!r} and {seen[digest]!r} hold the same weights; remove one")
             seen[digest] = name
-        base = self.checkpoints[self.base]
-        rows = [(n, t.shape, t.dtype, base.stock.blocks[n]) for n, t in base.tensors.items()]
+        layers = {n: c.layers for n, c in self.checkpoints.items()}
+        tensors = self._layout(self.base)
+        others = {n: self._layout(n) for n, count in layers.items() if count != layers[self.base]}
+        return Manifest(self.base, layers, tensors, hashes, others)
+
+    def _layout(self, source: str) -> tuple[TensorInfo, ...]:
+        """The flat layout of one source; the vocabulary is the base's."""
+        own, base = self.checkpoints[source], self.checkpoints[self.base]
+        shapes = {n: base.tensors[n].shape if n in base.stock.rows else t.shape for n, t in own.tensors.items()}
+        rows = [(n, shapes[n], t.dtype, own.stock.blocks[n]) for n, t in own.tensors.items()]
         rows.sort(key=lambda r: (block_order(r[3]), r[0]))
-        return Manifest(self.base, {n: c.layers for n, c in self.checkpoints.items()}, lay_out(rows), hashes)
+        return lay_out(rows)

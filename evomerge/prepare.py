@@ -208,6 +208,7 @@ def prepare(
     items = load_items(experiment.tasks, allow)
     experiment = with_commits(experiment)
     pool = open_pool(experiment)
+    pool.check_mergeable()
     device = pick_device(experiment.workers.device)
     if experiment.workers.backend != "ray":  # a cluster's devices are not the driver's
         check_device(device)

@@ -12,6 +12,10 @@ Inert forms that the canonical form removes (each leaves the built weights the s
   4. the weight of the only source of a `slerp` rule: it becomes 1;
   5. `mask_seed` and `rescale` of a DARE rule whose densities are all 1: they become the defaults;
   6. sources that no rule mentions.
+Of `route`, which then leaves rules for the blocks that it uses only:
+  7. whose embedding, final norm and head: they become rules, and `merged`;
+  8. a hop through a merged layer without rules: it is the base's;
+  9. a path through layers 0, 1, ... to the last without scales and gains: a merge, whatever its sources.
 Of `segments`: cuts between neighbours with equal weights, and sources of weight 0 everywhere; a cut in an alignment
 gap moves behind it; one source of weight 1 alone becomes its `linear` rule.
 """
@@ -19,7 +23,7 @@ gap moves behind it; one source of weight 1 alone becomes its `linear` rule.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property, lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -128,23 +132,48 @@ def check_value(method: Method, name: str, value: Scalar) -> None:
         raise ValueError(f"{name}: `{c.low:g} <= {name} <= {c.high:g}` must hold, but got {value!r}")
 
 
+MERGED = "merged"
+"""What routes call the model that a recipe's rules or segments build."""
+MAX_HOPS = 1000
+
+
 class Hop(_Part):
-    """One step of a layer route. `scale` multiplies the residual input; gains multiply branch outputs."""
+    """One step of a layer route: layer `layer` (from 0) of a source, or of the merged model.
+
+    `scale` multiplies the residual stream that enters it; gains multiply what its two branches add.
+    """
 
     from_: str = Field(alias="from")
     layer: int = Field(ge=0)
-    scale: float = Field(1.0, gt=0)
-    attn_gain: float = 1.0
-    mlp_gain: float = 1.0
+    scale: float = Field(1.0, ge=1e-3, le=1e3)
+    attn_gain: float = Field(1.0, ge=-1e3, le=1e3)
+    mlp_gain: float = Field(1.0, ge=-1e3, le=1e3)
+
+    @property
+    def plain(self) -> bool:
+        """Whether the layer is as its source has it."""
+        return (self.scale, self.attn_gain, self.mlp_gain) == (1.0, 1.0, 1.0)
 
 
 class Route(_Part):
-    """The path of tokens through layers of several sources."""
+    """The path of tokens through layers of several sources, and whose embedding, final norm and head it has."""
 
-    embed: str
-    final_norm: str
-    head: str
-    hops: tuple[Hop, ...] = Field(min_length=1)
+    embed: str = MERGED
+    final_norm: str = MERGED
+    head: str = MERGED
+    hops: tuple[Hop, ...] = Field(min_length=1, max_length=MAX_HOPS)
+
+    def gains(self) -> list[tuple[float, float]]:
+        """What each hop's branch outputs are multiplied by, (attention, mlp), so that nothing else need be.
+
+        A branch of a pre-norm block does not depend on the (positive) scale of the stream, nor does the final norm.
+        So a scale w at the input of hop j is the same as dividing what j and all later hops add by w.
+        """
+        out, accumulated = [], 1.0
+        for hop in self.hops:
+            accumulated *= hop.scale
+            out.append((hop.attn_gain / accumulated, hop.mlp_gain / accumulated))
+        return out
 
 
 class Segments(_Part):
@@ -215,8 +244,10 @@ class Recipe(_Part):
             raise ValueError("merge, segments, ensemble and factor_mix exclude one another")
         if self.route is not None and (self.ensemble or self.factor_mix):
             raise ValueError("a route goes with merge or segments, not with ensemble or factor_mix")
-        if self.sources and (self.merge is not None or self.segments is not None):
-            mixed = [r.sources for r in self.merge or ()] if self.segments is None else [self.segments.weights]
+        if self.sources and (self.merge is not None or self.segments is not None or self.route is not None):
+            mixed: list[Iterable[str]] = [r.sources for r in self.merge or ()]
+            mixed += [self.segments.weights] if self.segments is not None else []
+            mixed += [_sources_of(self.route)] if self.route is not None else []
             for name in (n for sources in mixed for n in sources):
                 if name not in self.sources:
                     raise ValueError(f"unknown source {name!r}{nearest(name, self.sources)}")
@@ -249,6 +280,13 @@ class Recipe(_Part):
         """YAML that reads back to an equal recipe."""
         return dump_yaml(self.to_json())
 
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Recipe:
+        """A changed copy; what is remembered of the original (`blocks`, `id`) does not go with it."""
+        copy = super().model_copy(update=update, deep=deep)
+        for name in ("blocks", "id"):
+            copy.__dict__.pop(name, None)
+        return copy
+
     # -- canonical form ---------------------------------------------------------------------------------
 
     def canonical(self, manifest: Manifest, where: str = "") -> Recipe:
@@ -275,6 +313,8 @@ class Recipe(_Part):
                     f"source {name!r} should have sha256 {source.sha256[:12]}..., "
                     f"but the pool's has {manifest.hashes[name][:12]}...: not the same weights"
                 )
+        if self.route is not None:
+            return self._with_route(self.route, manifest)
         if self.segments is not None:
             return self._with_segments(self.segments, manifest)
         for i, rule in enumerate(self.merge or ()):
@@ -294,6 +334,64 @@ class Recipe(_Part):
                     chosen[block.name] = rule
                     break
         return self.assembled(chosen, manifest)
+
+    def _with_route(self, route: Route, manifest: Manifest) -> Recipe:
+        """The canonical recipe of a route, or of the merge that it amounts to."""
+        for i, hop in enumerate(route.hops, 1):
+            source = self.base if hop.from_ == MERGED else hop.from_
+            if source not in manifest.layers:
+                raise UserError(
+                    f"route, hop {i}: unknown source {source!r}{nearest(source, (MERGED, *manifest.layers))}"
+                )
+            if hop.layer >= (layers := manifest.layers[source]):
+                raise UserError(f"route, hop {i}: {hop.from_!r} has layers 0 to {layers - 1}, not {hop.layer}")
+        merged = self.model_copy(update={"route": None})._canonical(manifest)
+        ends = {"embed": route.embed, "final_norm": route.final_norm, "head": route.head}
+        if "head" not in manifest.blocks and ends.pop("head") != route.embed:
+            raise UserError(
+                f"route: these models tie the head to the embedding, so head {route.head!r} must be the same as embed "
+                f"{route.embed!r}"
+            )
+        for end, source in ends.items():
+            if source not in (MERGED, *manifest.hashes):
+                raise UserError(f"route.{end}: unknown source {source!r}{nearest(source, (MERGED, *manifest.hashes))}")
+        if merged.segments is not None:
+            return self._through_segments(route, ends, merged, manifest)
+        rules = dict(merged.blocks)
+        for end, source in ends.items():
+            if source != MERGED:
+                rules[end] = _whole(source)
+        ruled = {b.layer for n, b in manifest.blocks.items() if n in rules}
+        hops = tuple(
+            _rounded_hop(h, self.base if h.from_ == MERGED and h.layer not in ruled else h.from_) for h in route.hops
+        )
+        if _natural(hops, manifest):
+            for block in manifest.blocks.values():
+                if block.layer is not None and (source := hops[block.layer].from_) != MERGED:
+                    rules[block.name] = _whole(source)
+            return merged.assembled(rules, manifest)
+        used = {h.layer for h in hops if h.from_ == MERGED}
+        kept = {n: r for n, r in rules.items() if (at := manifest.blocks[n].layer) is None or at in used}
+        return merged.assembled(kept, manifest)._along(hops, manifest)
+
+    def _through_segments(self, route: Route, ends: Mapping[str, str], merged: Recipe, manifest: Manifest) -> Recipe:
+        for end, source in ends.items():
+            if source != MERGED:
+                raise UserError(f"route.{end}: with segments it is {MERGED!r}, got {source!r}")
+        hops = tuple(_rounded_hop(h, h.from_) for h in route.hops)
+        if _natural(hops, manifest) and all(h.from_ == MERGED for h in hops):
+            return merged
+        return merged._along(hops, manifest)
+
+    def _along(self, hops: tuple[Hop, ...], manifest: Manifest) -> Recipe:
+        """This canonical recipe with a canonical path, and with the sources that it visits."""
+        visited = {self.base, *self.sources, *(h.from_ for h in hops)} - {MERGED}
+        return self.model_copy(
+            update={
+                "route": Route.model_construct(embed=MERGED, final_norm=MERGED, head=MERGED, hops=hops),
+                "sources": {n: Source.model_construct(sha256=manifest.hashes[n]) for n in sorted(visited)},
+            }
+        )
 
     def _with_segments(self, s: Segments, manifest: Manifest) -> Recipe:
         """The canonical recipe of segments."""
@@ -428,6 +526,8 @@ class Recipe(_Part):
                     for name, r in self.blocks.items()
                 }
             }
+        if self.route is not None:
+            what["route"] = [[h.from_, h.layer, h.scale, h.attn_gain, h.mlp_gain] for h in self.route.hops]
         return digest(
             {
                 "recipe": self.recipe,
@@ -441,7 +541,7 @@ class Recipe(_Part):
 
     def unsupported(self) -> str | None:
         """Why this version cannot build the recipe, or None. The format is wider than what is built so far."""
-        for part in ("route", "ensemble", "factor_mix"):
+        for part in ("ensemble", "factor_mix"):
             if getattr(self, part) is not None:
                 return f"recipes with {part!r} are not built by this version yet; use merge rules"
         if self.tokenizer.policy != "base":
@@ -455,6 +555,33 @@ class Recipe(_Part):
 
 
 Source.model_rebuild()  # Recipe and Source name each other
+
+
+def _sources_of(route: Route) -> set[str]:
+    return {route.embed, route.final_norm, route.head, *(h.from_ for h in route.hops)} - {MERGED}
+
+
+def _rounded_hop(hop: Hop, source: str) -> Hop:
+    return Hop.model_construct(
+        from_=source,
+        layer=hop.layer,
+        scale=rounded(hop.scale),
+        attn_gain=rounded(hop.attn_gain),
+        mlp_gain=rounded(hop.mlp_gain),
+    )
+
+
+def _natural(hops: tuple[Hop, ...], manifest: Manifest) -> bool:
+    """Whether a path takes every layer once, in order and as its source has it."""
+    mergeable = {MERGED, manifest.base, *manifest.experts}
+    return [h.layer for h in hops] == list(range(manifest.layers[manifest.base])) and all(
+        h.plain and h.from_ in mergeable for h in hops
+    )
+
+
+def _whole(source: str) -> Rule:
+    """A rule that takes one source as it is."""
+    return Rule.model_construct(match="all", method="linear", params={}, sources={source: {"weight": 1.0}})
 
 
 _IN_LAYERS = {"attention", "mlp", "norm"}
@@ -484,6 +611,11 @@ def _reduced(rule: Rule, block: str, base: str, manifest: Manifest) -> Rule | No
     for name in sorted(rule.sources):
         if name not in manifest.hashes:
             raise UserError(f"merge rule for {block}: unknown source {name!r}{nearest(name, manifest.hashes)}")
+        if name in manifest.layouts and block.startswith("layers."):
+            raise UserError(
+                f"merge rule for {block}: {name!r} has {manifest.layers[name]} layers, the base has "
+                f"{manifest.layers[base]}; only routes go through models of different depth"
+            )
         if name == base and adds:
             raise UserError(f"merge rule for {block}: {rule.method} adds to the base; it cannot be a source too")
         given = rule.sources[name]

@@ -186,7 +186,7 @@ def references_of(scored: Iterable[tuple[Candidate, Evaluation]]) -> References 
     others: dict[str, Scores] = {}
     for c, e in scored:
         if c.role == "baseline" and e.scores is not None:
-            if base is None and not c.recipe.blocks:
+            if base is None and not c.recipe.blocks and c.recipe.route is None:
                 base = e.scores
             else:
                 others[c.name] = e.scores

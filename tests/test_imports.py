@@ -30,7 +30,7 @@ LEVELS = tuple(
     tasks
     space score.plan workers rundir merge.pipeline merge.gradient
     search.base score score.attention score.model score.prompts merge.builder commit
-    workers.inline workers.fake workers.units
+    merge.route workers.inline workers.fake workers.units
     search.optuna_study search.recipes search.surrogate
     search.cmaes search.random_search search.ga search.greedy_soup search.frank_wolfe search.nsga2 search.tpe search.gp
     search.niches search.map_elites search.cycleqd search.adam
@@ -59,7 +59,7 @@ LEVELS = tuple(
 HEAVY = words("torch transformers safetensors cma ray optuna plotly scipy psutil huggingface_hub pyarrow lm_eval")
 IMPURE = words(
     """
-    pool stock merge.masks merge.bank merge.geometry merge.live merge.pipeline merge.builder merge.gradient
+    pool stock merge.masks merge.bank merge.geometry merge.live merge.pipeline merge.builder merge.gradient merge.route
     score.attention score.model score.multiple_choice score.perplexity score.weights score.generation score.function
     score.lm_eval
     evaluate standalone check workers.child workers.ray export.hf export.verify report.results report.compare

@@ -388,20 +388,6 @@ def test_written_recipe_reads_back_equal(data: Data) -> None:
 # -- wider than what is built ------------------------------------------------------------
 
 WIDER: dict[str, tuple[str, str]] = {
-    "route": (
-        """
-        merge: [{method: task_arithmetic, sources: {math: {weight: 1.0}}}]
-        route:
-          embed: base
-          final_norm: base
-          head: base
-          hops:
-            - {from: merged, layer: 0}
-            - {from: math, layer: 3, scale: 0.8}
-            - {from: merged, layer: 3, attn_gain: 1, mlp_gain: 0.9}
-        """,
-        "'route'",
-    ),
     "ensemble": (
         "ensemble: {rule: logprob_mean, missing_mass: renormalise, members: {a: 0.6, b: 0.4}}",
         "'ensemble'",

@@ -22,6 +22,7 @@ from evomerge.hub import name_of
 from evomerge.manifest import Manifest
 from evomerge.merge.bank import Bank
 from evomerge.merge.builder import Builder
+from evomerge.merge.route import routed_config, routed_weights
 from evomerge.pool import ModelPool, raw_bytes
 from evomerge.recipe import Recipe
 from evomerge.yamlio import dump_yaml
@@ -49,7 +50,7 @@ def build_weights(recipe: Recipe, pool: ModelPool, manifest: Manifest) -> Mappin
     """The recipe's weights on the CPU, by tensor name: the same code and bits that were scored there."""
     builder = Builder(Bank.load(pool, manifest, torch.device("cpu")), recipe.dtype)
     builder.build(recipe)
-    return builder.views()
+    return builder.views() if recipe.route is None else routed_weights(recipe.route, pool, builder)
 
 
 def tensor_sha256(tensor: Tensor) -> str:
@@ -78,8 +79,11 @@ def write_hf(
     with new_folder(target) as folder:
         weights = build_weights(recipe, pool, manifest)
         base = pool.checkpoints[pool.base]
-        _write_shards(folder, base.stored_form(weights))
+        # A route has layers that the base's files have no names for; transformers reads its own names, too.
+        _write_shards(folder, base.stored_form(weights) if recipe.route is None else weights)
         config = {n: v for n, v in base.config.items() if n not in NOT_OURS} | {"dtype": recipe.dtype}
+        if recipe.route is not None:
+            config |= routed_config(recipe.route, pool)
         _write(folder / "config.json", json.dumps(config, indent=2) + "\n")
         for name in TOKENIZER_FILES:
             if (base.path / name).is_file():

@@ -34,7 +34,7 @@ class Bank:
     """Base and experts, resident on one device."""
 
     def __init__(self, flat: Mapping[str, Tensor], manifest: Manifest) -> None:
-        """Take flat vectors of length `manifest.elements`, one a source, the base among them."""
+        """Take one flat vector a source, of length `manifest.elements_of(source)`, the base among them."""
         self.flat = dict(flat)
         self.manifest = manifest
 
@@ -49,12 +49,13 @@ class Bank:
         flat = {}
         for name, checkpoint in pool.checkpoints.items():
             own = checkpoint.tensors
-            short = {t.name for t in manifest.tensors if own[t.name].shape[:1] < t.shape[:1]}
-            kinds = {DTYPES[own[t.name].dtype] for t in manifest.tensors}
+            tensors = manifest.layouts.get(name, manifest.tensors)
+            short = {t.name for t in tensors if own[t.name].shape[:1] < t.shape[:1]}
+            kinds = {DTYPES[own[t.name].dtype] for t in tensors}
             kinds |= {DTYPES[base.tensors[n].dtype] for n in short}
             dtype = kinds.pop() if len(kinds) == 1 else torch.float32
-            vector = torch.zeros(manifest.elements, dtype=dtype, device=device)
-            for t in manifest.tensors:
+            vector = torch.zeros(manifest.elements_of(name), dtype=dtype, device=device)
+            for t in tensors:
                 place = vector[t.offset : t.offset + t.size].view(t.shape)
                 tensor = checkpoint.tensor(t.name)
                 if t.name in base.stock.rows:
@@ -68,7 +69,9 @@ class Bank:
         return cls(flat, manifest)
 
     def view(self, block: str) -> BlockView:
-        """The block of every source, without copying."""
-        b = self.manifest.blocks[block]
-        base = self.manifest.base
-        return BlockView(b, self.flat[base][b.start : b.stop], {n: v[b.start : b.stop] for n, v in self.flat.items()})
+        """The block of every source that has it, without copying."""
+        sources = {}
+        for name, vector in self.flat.items():
+            if (mine := self.manifest.blocks_of(name).get(block)) is not None:
+                sources[name] = vector[mine.start : mine.stop]
+        return BlockView(self.manifest.blocks[block], sources[self.manifest.base], sources)

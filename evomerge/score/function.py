@@ -62,6 +62,8 @@ class FunctionPlan(Plan):
 class Function:
     """Scorer of the kind `python`."""
 
+    stateless = False
+
     def __init__(self) -> None:
         self._loaded: dict[str, tuple[Callable[..., Any], Any]] = {}
 

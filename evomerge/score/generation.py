@@ -94,6 +94,8 @@ class Written:
 class Generation:
     """Scorer of the kind `generation`."""
 
+    stateless = False
+
     def compile(self, spec: GenerationSpec, items: tuple[Item, ...], target: Target) -> GenerationPlan:
         """Tokenise every prompt. Raises UserError naming items without tokens or without room for `max_tokens`."""
         prompter = Prompter(spec, target.tokenizer)

@@ -68,6 +68,8 @@ class LmEvalPlan(Plan):
 class LmEval:
     """Scorer of the kind `lm_eval`."""
 
+    stateless = False
+
     def __init__(self) -> None:
         self._tasks: dict[str, Any] = {}
         self._wrapped: dict[tuple[int, int], tuple[Any, Any]] = {}

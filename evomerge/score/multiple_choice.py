@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from evomerge.errors import UserError
-from evomerge.score.attention import expanded, masks, prefix_cache, takes_branches
+from evomerge.score.attention import expanded, masks, prefix_cache, takes_branches, windows
 from evomerge.score.model import NonFinite, prefix_token
 from evomerge.score.plan import Plan, Scorable, Target, places
 from evomerge.score.prompts import Prompter, check_lengths, shared_prefix
@@ -95,8 +95,10 @@ class _Batch:
 class MultipleChoice:
     """Scorer of the kind `multiple_choice`."""
 
+    stateless = True
+
     def __init__(self) -> None:
-        self._prepared: dict[tuple[str, tuple[int, ...]], tuple[_Batch, ...]] = {}
+        self._prepared: dict[tuple[Any, ...], tuple[_Batch, ...]] = {}
 
     # -- compile ------------------------------------------------------------------------------------------
 
@@ -160,7 +162,7 @@ class MultipleChoice:
 
     def choice_logprobs(self, model: Any, plan: ChoicePlan, positions: tuple[int, ...]) -> list[NDArray[np.float64]]:
         """Per item the summed log-probability of every choice, shape (n_choices,), in nats."""
-        key = (plan.id, positions)
+        key = (plan.id, positions, *windows(model.config))  # a layer route may have other types of layers
         if key not in self._prepared:
             if len(self._prepared) >= 16:
                 self._prepared.clear()

@@ -63,6 +63,8 @@ class PerplexityPlan(Plan):
 class Perplexity:
     """Scorer of the kind `perplexity`."""
 
+    stateless = True
+
     def compile(self, spec: PerplexitySpec, items: tuple[Item, ...], target: Target) -> PerplexityPlan:
         """Tokenise every text and cut it into windows.
 

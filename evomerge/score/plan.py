@@ -94,6 +94,9 @@ def places(spec: TaskSpec, items: Sequence[Item], shape: PlanShape) -> dict[str,
 class Scorer(Protocol):
     """One kind of task: compile once, score many models."""
 
+    stateless: bool
+    """Whether it makes the same passes through every model, each for its output alone (see `merge.route`)."""
+
     def compile(self, spec: Any, items: tuple[Item, ...], target: Target) -> Plan:
         """Tokenise and lay out every item. Raises UserError for items that do not fit the model."""
         ...

@@ -30,6 +30,8 @@ class WeightsPlan(Plan):
 class Weights:
     """Scorer of the kind `weights`."""
 
+    stateless = False
+
     def compile(self, spec: WeightsSpec, items: tuple[Item, ...], target: Target) -> WeightsPlan:
         """The plan."""
         return WeightsPlan(**places(spec, items, target.shape))
