@@ -8,7 +8,7 @@ evaluation; the file is emptied whenever nothing waits in it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -29,11 +29,13 @@ from evomerge.journal import (
     whole,
 )
 from evomerge.proposal import GRADIENT_PRICE, Differentiated, Evaluation, ItemSet, Job, Scores, WorkUnit
-from evomerge.recipe import Recipe
+from evomerge.recipe import Recipe, in_common
 from evomerge.rundir import FINISHED, RunDirectory
 from evomerge.workers import Executor
 
 WAIT_SECONDS = 0.5
+TOGETHER = 8
+"""Jobs at most in a unit of routes that begin alike."""
 
 
 class Interrupted(Exception):
@@ -152,9 +154,9 @@ class Committer:
                 continue
             self._running.add(key)
             jobs.append(Job(proposal, rung, recipe, part, gradients))
-        for unit in [tuple(jobs)] if together else [(j,) for j in jobs]:
+        for unit in [jobs] if together else alike(jobs):
             if unit:
-                self._executor.submit(WorkUnit(self._units, unit))
+                self._executor.submit(WorkUnit(self._units, tuple(unit)))
                 self._units += 1
 
     def commit(
@@ -249,6 +251,22 @@ class Committer:
 
 _Key = tuple[str, str, bool]
 """Recipe id, item set id, and whether gradients are asked for."""
+
+
+def alike(jobs: Sequence[Job]) -> list[list[Job]]:
+    """Jobs cut into units: one a unit, but routes that have at least half of their path in common stand together.
+
+    A worker computes what neighbours in a unit have in common once. Units are small, so that many workers have some.
+    """
+    units: list[list[Job]] = []
+    for job in sorted(jobs, key=lambda j: repr(j.recipe.path)):  # a stable sort: without routes, the order given
+        path = job.recipe.path
+        before = units[-1][-1].recipe.path if units else ()
+        if path and before and len(units[-1]) < TOGETHER and 2 * in_common(path, before) >= min(len(path), len(before)):
+            units[-1].append(job)
+        else:
+            units.append([job])
+    return units
 
 
 class _Finished:

@@ -72,7 +72,7 @@ class MergeEvaluator:
 
         Where routes of a unit begin alike, what they have in common is computed once.
         """
-        paths = [self._router.path(job.recipe) if job.recipe.route is not None else () for job in unit.jobs]
+        paths = [job.recipe.path for job in unit.jobs]
         out = []
         for i, job in enumerate(unit.jobs):
             self._router.shared.expect(paths[i], paths[i + 1 :])

@@ -85,6 +85,8 @@ class History:
     """Name -> positions in the search split's items, of the samples that generations were scored on."""
     evaluated: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     """Split -> item evaluations, samples among those of search; what earlier scores answered is not counted."""
+    merged: Mapping[int, int] = field(default_factory=dict)
+    """Stage -> the candidate whose merge its routes go through, where an earlier stage found one."""
 
     @classmethod
     def read(cls, path: str | Path) -> Self:
@@ -115,6 +117,7 @@ class History:
         seen: dict[str, dict[str, set[str]]] = {}
         evaluated = dict.fromkeys(SPLITS, 0)
         looks = cached = 0
+        merged: dict[int, int] = {}
         for e in events:
             if e["kind"] == "items":
                 name = names[e["id"]] = str(e["name"])
@@ -153,6 +156,8 @@ class History:
                     price = len(ids) * (1 + GRADIENT_PRICE) if "gradients" in e else len({*ids} - known)
                     evaluated["search" if name in samples else name] += price
                     known.update(ids if result.ok else ())
+            elif e["kind"] == "stage" and "merged" in e["inputs"]:
+                merged[_typed(e, "n", int)] = _typed(e["inputs"], "merged", int)
             elif e["kind"] == "final":
                 final = {**e, "winner": entries[e["winner"]].id, "finalists": [entries[i].id for i in e["finalists"]]}
                 if "front" in e:
@@ -173,6 +178,7 @@ class History:
             cached,
             samples,
             evaluated,
+            merged,
         )
 
     # -- candidates ---------------------------------------------------------------------------------------
@@ -181,6 +187,20 @@ class History:
     def spaces(self) -> tuple[SearchSpace, ...]:
         """The search space of each stage."""
         return bind_spaces(self.experiment, self.manifest, self.dtype)
+
+    def space(self, stage: int) -> SearchSpace:
+        """The search space of a stage, around what an earlier stage found where it has routes through that."""
+        if stage not in self._around:
+            space, merged = self.spaces[stage], self.merged.get(stage)
+            # Only what an earlier stage asked for: a journal from elsewhere must not lead in circles.
+            if merged is not None and self.entry(merged).stage < stage:
+                space = space.around(self.recipe(merged))
+            self._around[stage] = space
+        return self._around[stage]
+
+    @cached_property
+    def _around(self) -> dict[int, SearchSpace]:
+        return {}
 
     def recipe(self, candidate: int) -> Recipe:
         """The canonical recipe of a candidate. Raises UserError for an unknown number."""
@@ -191,7 +211,7 @@ class History:
         else:
             try:
                 genome = frozen_genome(decode_array(entry.genome))
-                recipe = self.spaces[entry.stage].decode(genome, self.manifest)
+                recipe = self.space(entry.stage).decode(genome, self.manifest)
             except (ValueError, TypeError, IndexError) as e:
                 raise UserError(f"{self.path}: candidate {candidate} has no genome of its space ({_line(e)})") from None
         if recipe.id != entry.recipe_id:

@@ -23,7 +23,7 @@ gap moves behind it; one source of weight 1 alone becomes its `linear` rule.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -281,9 +281,9 @@ class Recipe(_Part):
         return dump_yaml(self.to_json())
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Recipe:
-        """A changed copy; what is remembered of the original (`blocks`, `id`) does not go with it."""
+        """A changed copy; what is remembered of the original (`blocks`, `id`, `path`) does not go with it."""
         copy = super().model_copy(update=update, deep=deep)
-        for name in ("blocks", "id"):
+        for name in ("blocks", "id", "path"):
             copy.__dict__.pop(name, None)
         return copy
 
@@ -478,6 +478,28 @@ class Recipe(_Part):
             out[rule.match.block] = rule
         return out
 
+    @cached_property
+    def path(self) -> tuple[Any, ...]:
+        """Of a canonical recipe with a route, all that each hop's output depends on, hop by hop; else empty.
+
+        Tokens that go through models whose paths begin alike have the same hidden states so far.
+        """
+        if self.route is None:
+            return ()
+
+        def built(*prefix: str) -> Any:
+            if self.segments is not None:
+                return self.segments.model_dump_json()
+            rules = [(n, r) for n, r in self.blocks.items() if n.startswith(prefix)]
+            return tuple(f"{n} {r.model_dump_json(exclude={'match'})}" for n, r in rules)
+
+        embed = built("embed")
+        hops = zip(self.route.hops, self.route.gains(), strict=True)
+        return tuple(
+            (embed, h.from_, h.layer, gains, built(f"layers.{h.layer}.") if h.from_ == MERGED else ())
+            for h, gains in hops
+        )
+
     def grouped(self) -> Recipe:
         """The same recipe with the blocks that share a rule under one match, layers as ranges: shorter to read.
 
@@ -647,6 +669,11 @@ def _reduced(rule: Rule, block: str, base: str, manifest: Manifest) -> Rule | No
     return Rule.model_construct(
         match=_only(block), method=rule.method, params=dict(sorted(params.items())), sources=sources
     )
+
+
+def in_common(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """Hops that two paths (`Recipe.path`) have in common at their beginning."""
+    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def rounded(x: float) -> float:

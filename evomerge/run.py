@@ -142,14 +142,16 @@ class StageRun:
 
     def __init__(self, s: Session, n: int, allowance: Allowance, rundir: RunDirectory) -> None:
         self.s, self.n, self.rundir = s, n, rundir
-        experiment, space = s.prepared.experiment, s.prepared.spaces[n]
+        experiment = s.prepared.experiment
         algorithm, options = experiment.algorithm_of(s.prepared.stages[n])
         needs = needs_of(algorithm)
         # Algorithms that propose recipes begin from no point; runs that began before they skipped these have them.
         if n == 0 and experiment.search.probes and (needs.proposes == "genomes" or s.journal.asked_as("probe")):
             score_probes(s, allowance, rundir)
+        inputs = build_on_found(s, n)
+        space = s.spaces[n]
         start, *others = starts(s, n)
-        inputs: dict[str, Any] = {"start": encode_array(start)}
+        inputs["start"] = encode_array(start)
         if others:
             inputs["others"] = [encode_array(g) for g in others]
         s.journal.record("stage", n=n, inputs=inputs)
@@ -285,7 +287,7 @@ class StageRun:
         for; where it does not know constraints, a loss above all that keep them."""
         prepared, r = self.s.prepared, self.s.keep(c, e, items)
         if e.gradients is not None:
-            space, genome = prepared.spaces[self.n], c.proposal.genome
+            space, genome = self.s.spaces[self.n], c.proposal.genome
             assert isinstance(space, RuleSpace)
             assert genome is not None
             by_block = products(fitness_of(prepared.experiment), e.gradients)
@@ -335,12 +337,24 @@ def score_probes(s: Session, allowance: Allowance, rundir: RunDirectory) -> None
     s.spent += s.committer.evaluated - before
 
 
+def build_on_found(s: Session, n: int) -> dict[str, Any]:
+    """Where stage n has routes through what was merged before it: put the best merge so far there, and name it."""
+    if n == 0:
+        return {}
+    found = next((c for c in s.ranked() if c.recipe.route is None), None)
+    space = s.spaces[n] if found is None else s.spaces[n].around(found.recipe)
+    if found is None or space is s.spaces[n]:
+        return {}
+    s.spaces[n] = space
+    return {"merged": found.id}
+
+
 def starts(s: Session, n: int) -> list[Genome]:
     """Where stage n begins: the best candidate so far that its space can express, else the space's default.
 
     With several objectives the other such candidates of the front so far follow.
     """
-    space = s.prepared.spaces[n]
+    space = s.spaces[n]
     found: list[Genome] = []
     ranked = s.ranked()
     several = len(fitness_of(s.prepared.experiment).goals) > 1

@@ -63,13 +63,15 @@ class Session:
 
     def __post_init__(self) -> None:
         self.whole = self.prepared.items["search"]
+        self.spaces = list(self.prepared.spaces)
+        """The stages' search spaces; one that builds on what was found before is put in its place when it begins."""
         self._announced = {i.id for i in self.prepared.items.values()}
         self._objectives: dict[str, Objective] = {}
 
     def ask(self, p: Proposal, *, stage: int, role: str, name: str = "") -> Candidate:
         """Journal one proposal. Where the journal already has it, its genome is the one that counts."""
         manifest = self.prepared.manifest
-        space = self.prepared.spaces[stage] if stage >= 0 else None
+        space = self.spaces[stage] if stage >= 0 else None
         if p.recipe is not None:
             recipe = p.recipe
             body = {"recipe": recipe.to_json()}

@@ -100,6 +100,10 @@ class SearchSpace(Protocol):
         """A point that decodes to `r`. Raises ValueError where the space cannot express it."""
         ...
 
+    def around(self, r: Recipe) -> SearchSpace:
+        """The space whose routes go through the merge `r` that an earlier stage found; itself where it has none."""
+        ...
+
 
 # -- the YAML form ------------------------------------------------------------------------------------------
 
@@ -417,6 +421,10 @@ class RuleSpace:
                 if self.decode(g, m).id == canonical.id:
                     return g
         raise ValueError(reason)
+
+    def around(self, r: Recipe) -> RuleSpace:
+        """Itself: it has no routes."""
+        return self
 
     def _values(self, method: Method, blocks: Mapping[str, Rule]) -> dict[str, float | str]:
         """What the axes say of a recipe; axes that say nothing are left out."""

@@ -224,10 +224,14 @@ def test_differences_that_do_not_stop_a_merge_are_noted(tiny_model: Any) -> None
 
 def refusal(base: Path, experts: dict[str, Path]) -> str:
     """The one line in which the pool is refused."""
-    with pytest.raises(UserError) as caught:
+
+    def opened() -> None:
         pool = ModelPool.open(base, experts)
         pool.check_mergeable()
         pool.manifest()
+
+    with pytest.raises(UserError) as caught:
+        opened()
     text = str(caught.value)
     assert text
     assert "\n" not in text

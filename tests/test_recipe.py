@@ -722,7 +722,18 @@ def test_yaml_like_junk_raises_only_user_errors(text: str) -> None:
     only_user_errors(text)
 
 
-SEED = Recipe.from_yaml(WIDER["route"][0]).to_json() | {"sources": {"base": {"sha256": "ab"}, "math": {"path": "x"}}}
+ROUTE = """
+merge: [{method: task_arithmetic, sources: {math: {weight: 1.0}}}]
+route:
+  embed: base
+  final_norm: base
+  head: base
+  hops:
+    - {from: merged, layer: 0}
+    - {from: math, layer: 3, scale: 0.8}
+    - {from: merged, layer: 3, attn_gain: 1, mlp_gain: 0.9}
+"""
+SEED = Recipe.from_yaml(ROUTE).to_json() | {"sources": {"base": {"sha256": "ab"}, "math": {"path": "x"}}}
 JUNK = st.one_of(
     st.none(),
     st.booleans(),

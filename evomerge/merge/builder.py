@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from evomerge.canonical import canonical_json
-from evomerge.manifest import Block, Manifest
+from evomerge.manifest import Manifest
 from evomerge.merge.bank import Bank
 from evomerge.merge.pipeline import BuildError, Sketches, apply, mix
 from evomerge.pool import TORCH_DTYPES
@@ -60,10 +60,6 @@ class Builder:
             )
         return len(changed)
 
-    def key(self, block: str, recipe: Recipe) -> str:
-        """What a block is built by: equal keys give equal weights."""
-        return _key(_part(recipe, self.bank.manifest.blocks[block]))
-
     def forget(self) -> None:
         """Build every block anew next time: somebody else may have written to the buffer."""
         self._built.clear()
@@ -99,14 +95,12 @@ Part = Rule | list[tuple[int, int, dict[str, float]]] | None
 
 
 def _parts(recipe: Recipe, manifest: Manifest) -> dict[str, Part]:
-    return {b.name: _part(recipe, b) for b in manifest.blocks.values()}
-
-
-def _part(recipe: Recipe, block: Block) -> Part:
     if recipe.segments is None:
-        return recipe.blocks.get(block.name)
-    within = recipe.segments.within(block.start, block.stop)
-    return [(start - block.start, stop - block.start, w) for start, stop, w in within]
+        return {name: recipe.blocks.get(name) for name in manifest.blocks}
+    return {
+        b.name: [(start - b.start, stop - b.start, w) for start, stop, w in recipe.segments.within(b.start, b.stop)]
+        for b in manifest.blocks.values()
+    }
 
 
 def _key(part: Part) -> str:

@@ -25,11 +25,10 @@ from evomerge.errors import UserError
 from evomerge.merge.bank import Bank
 from evomerge.merge.builder import Builder
 from evomerge.pool import ModelPool
-from evomerge.recipe import MERGED, Recipe, Route
+from evomerge.recipe import MERGED, Recipe, Route, in_common
 
-Step = tuple[Any, ...]
-"""All that a hop's output depends on beside its input: source, layer, gains, and by what merged blocks are built."""
-Steps = tuple[Step, ...]
+Steps = tuple[Any, ...]
+"""A path or its beginning (`Recipe.path`)."""
 
 ROOM = 1 << 30
 """Bytes of hidden states that are kept for candidates whose paths begin alike."""
@@ -87,7 +86,7 @@ class Shared:
         """Keep from now on what `later` candidates, in this order, have in common with this one."""
         wanted, common = set(), len(path)
         for other in later:
-            common = min(common, _common(path, other))
+            common = min(common, in_common(path, other))
             if common:
                 wanted.add(path[:common])
         self.wanted = frozenset(wanted)
@@ -156,25 +155,12 @@ class Router:
             check_routable(self._pool)
             self._plain = (self._stack(), config.num_hidden_layers, getattr(config, "layer_types", None))
             self._model.base_model.register_forward_pre_hook(self._begin, with_kwargs=True)
-        self._path = self.path(recipe)
+        self._path = recipe.path
         hops = []
         for i, (hop, gains) in enumerate(zip(recipe.route.hops, recipe.route.gains(), strict=True)):
             hops.append(self._hop(hop.from_, hop.layer, i))
             hops[-1].gains[:] = gains
         self._place(nn.ModuleList(hops), len(hops), layer_types(recipe.route, self._pool))
-
-    def path(self, recipe: Recipe) -> Steps:
-        """What tokens go through, as far as it decides the hidden states: equal beginnings give equal ones."""
-        assert recipe.route is not None
-        embed = self._builder.key("embed", recipe)
-        out: list[Step] = []
-        for hop, gains in zip(recipe.route.hops, recipe.route.gains(), strict=True):
-            built: tuple[str, ...] = ()
-            if hop.from_ == MERGED:
-                at = f"layers.{hop.layer}."
-                built = tuple(self._builder.key(b, recipe) for b in self._bank.manifest.blocks if b.startswith(at))
-            out.append((embed, hop.from_, hop.layer, gains, built))
-        return tuple(out)
 
     def _place(self, layers: nn.ModuleList, count: int, kinds: Any) -> None:
         assert self._row is not None
@@ -360,8 +346,3 @@ def _twin(layer: nn.Module, config: Any, place: int) -> nn.Module:
         if getattr(module, "layer_idx", None) is not None:
             module.layer_idx = place  # type: ignore[assignment]
     return twin
-
-
-def _common(a: Steps, b: Steps) -> int:
-    """Hops at the beginning that two paths have in common."""
-    return next((n for n, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))  # noqa: B905

@@ -24,7 +24,7 @@ import psutil
 from evomerge.errors import RunError, UserError
 from evomerge.proposal import WorkUnit
 from evomerge.workers import Done, MakeEvaluator
-from evomerge.workers.units import ATTEMPTS, Task, failed
+from evomerge.workers.units import ATTEMPTS, Task, give_up
 
 START_SECONDS = 600.0
 """Time for a worker to load its pool."""
@@ -190,7 +190,7 @@ class LocalExecutor:
         if task.attempts < ATTEMPTS:
             self._queue.appendleft(task)
             return []
-        return failed(worker.name, task, "failed:died", f"its worker died {ATTEMPTS} times ({how})")
+        return give_up(self._queue, worker.name, task, "failed:died", f"its worker died {ATTEMPTS} times ({how})")
 
     def _check_limits(self, i: int) -> list[Done]:
         worker = self._workers[i]
@@ -205,11 +205,13 @@ class LocalExecutor:
         limit = self._timeout * len(worker.task.unit.jobs)
         if elapsed > limit:
             self._replace(i)
-            return failed(worker.name, worker.task, "failed:timeout", f"took longer than {limit:g} s")
+            return give_up(self._queue, worker.name, worker.task, "failed:timeout", f"took longer than {limit:g} s")
         if self._memory is not None and _resident(worker.process.pid) > self._memory:
             self._replace(i)
             gb = self._memory / 2**30
-            return failed(worker.name, worker.task, "failed:oom", f"grew beyond the worker's limit of {gb:g} GiB")
+            return give_up(
+                self._queue, worker.name, worker.task, "failed:oom", f"grew beyond the worker's limit of {gb:g} GiB"
+            )
         return []
 
 

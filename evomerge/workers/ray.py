@@ -23,7 +23,7 @@ from typing import Any
 from evomerge.errors import RunError, UserError
 from evomerge.proposal import Evaluation, Telemetry, WorkUnit
 from evomerge.workers import Done, Evaluator, MakeEvaluator
-from evomerge.workers.units import ATTEMPTS, Task, failed
+from evomerge.workers.units import ATTEMPTS, Task, give_up
 
 STARTS = 3
 """Starts of one actor that may fail in a row."""
@@ -244,7 +244,9 @@ class RayExecutor:
         if task.attempts < ATTEMPTS:
             self._queue.appendleft(task)
             return []
-        return failed(f"{worker.name}@{worker.host}", task, "failed:died", f"its worker died {ATTEMPTS} times")
+        return give_up(
+            self._queue, f"{worker.name}@{worker.host}", task, "failed:died", f"its worker died {ATTEMPTS} times"
+        )
 
     def _check_limits(self, worker: _Worker) -> list[Done]:
         elapsed = time.monotonic() - worker.since
@@ -262,7 +264,9 @@ class RayExecutor:
             return []
         task = worker.task
         self._restart(worker)
-        return failed(f"{worker.name}@{worker.host}", task, "failed:timeout", f"took longer than {limit:g} s")
+        return give_up(
+            self._queue, f"{worker.name}@{worker.host}", task, "failed:timeout", f"took longer than {limit:g} s"
+        )
 
     # -- standard output ----------------------------------------------------------------------------------
 

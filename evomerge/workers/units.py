@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 
 from evomerge.proposal import Evaluation, Telemetry, WorkUnit
@@ -19,7 +20,14 @@ class Task:
     attempts: int = 0
 
 
-def failed(worker: str, task: Task, status: str, reason: str) -> list[Done]:
-    """The same failure for every job of a unit."""
+def give_up(queue: deque[Task], worker: str, task: Task, status: str, reason: str) -> list[Done]:
+    """The failure of a unit's only job; the jobs of a larger unit are queued once more, each alone.
+
+    So one that brings its worker down takes no others with it.
+    """
+    jobs = task.unit.jobs
+    if len(jobs) > 1:
+        queue.extendleft(Task(WorkUnit(task.unit.id, (job,)), ATTEMPTS - 1) for job in reversed(jobs))
+        return []
     telemetry = Telemetry(worker=worker, attempts=task.attempts)
-    return [(job, Evaluation(status, reason=reason), telemetry) for job in task.unit.jobs]
+    return [(job, Evaluation(status, reason=reason), telemetry) for job in jobs]
