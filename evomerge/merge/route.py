@@ -128,7 +128,8 @@ class Router:
     def __init__(self, model: Any, pool: ModelPool, bank: Bank, builder: Builder) -> None:
         """Take a live model over the builder's buffer; it goes through its own layers until a route is followed."""
         self.shared = Shared()
-        self._model, self._pool, self._bank, self._builder = model, pool, bank, builder
+        self.model = model
+        self._pool, self._bank, self._builder = pool, bank, builder
         base = pool.checkpoints[pool.base]
         self._row = ARCHITECTURES.get(base.model_type)
         self._plain: tuple[Any, int, Any] | None = None
@@ -145,7 +146,7 @@ class Router:
 
     def follow(self, recipe: Recipe) -> None:
         """Go along the recipe's route, or through the model's own layers where it has none."""
-        config = self._model.config
+        config = self.model.config
         if recipe.route is None:
             if self._plain is not None:
                 self._place(*self._plain)
@@ -154,7 +155,7 @@ class Router:
         if self._plain is None:
             check_routable(self._pool)
             self._plain = (self._stack(), config.num_hidden_layers, getattr(config, "layer_types", None))
-            self._model.base_model.register_forward_pre_hook(self._begin, with_kwargs=True)
+            self.model.base_model.register_forward_pre_hook(self._begin, with_kwargs=True)
         self._path = recipe.path
         hops = []
         for i, (hop, gains) in enumerate(zip(recipe.route.hops, recipe.route.gains(), strict=True)):
@@ -165,22 +166,22 @@ class Router:
     def _place(self, layers: nn.ModuleList, count: int, kinds: Any) -> None:
         assert self._row is not None
         parent, _, name = self._row.stack.rpartition(".")
-        setattr(self._model.get_submodule(parent), name, layers)
-        config = self._model.config
+        setattr(self.model.get_submodule(parent), name, layers)
+        config = self.model.config
         config.num_hidden_layers = count
         if kinds is not None:
             config.layer_types = list(kinds)
-            if hasattr(self._model.base_model, "has_sliding_layers"):
-                self._model.base_model.has_sliding_layers = "sliding_attention" in kinds
+            if hasattr(self.model.base_model, "has_sliding_layers"):
+                self.model.base_model.has_sliding_layers = "sliding_attention" in kinds
 
     def _stack(self) -> Any:
         assert self._row is not None
-        return self._model.get_submodule(self._row.stack)
+        return self.model.get_submodule(self._row.stack)
 
     def _hop(self, source: str, layer: int, place: int) -> _Hop:
         key = (source, layer, place)
         if key not in self._hops:
-            self._hops[key] = _Hop(self, _twin(self._layer(source, layer), self._model.config, place), place)
+            self._hops[key] = _Hop(self, _twin(self._layer(source, layer), self.model.config, place), place)
         return self._hops[key]
 
     def _layer(self, source: str, layer: int) -> nn.Module:
@@ -193,7 +194,7 @@ class Router:
         if (source, layer) not in self._resident:
             weights = layer_weights(self._bank, source, layer, self._builder.buffer.dtype)
             blank = self._pool.checkpoints[source].stock.model.get_submodule(f"{self._row.stack}.{layer}")
-            twin = _twin(blank, self._model.config, layer)
+            twin = _twin(blank, self.model.config, layer)
             for module_name, module in twin.named_modules():
                 for name in module._parameters:
                     tensor = weights.get(f"{module_name}.{name}" if module_name else name)

@@ -30,16 +30,18 @@ import numpy as np
 import psutil
 import torch
 
+from evomerge.commit import alike
 from evomerge.config import Experiment, load
 from evomerge.manifest import Manifest, lay_out
 from evomerge.merge.bank import Bank
 from evomerge.merge.builder import Builder
 from evomerge.merge.live import live_model
 from evomerge.merge.methods import METHODS
+from evomerge.merge.route import Router
 from evomerge.pool import TORCH_DTYPES, ModelPool
 from evomerge.prepare import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS, Prepared, prepare
 from evomerge.progress import Silent
-from evomerge.proposal import Job, WorkUnit
+from evomerge.proposal import ItemSet, Job, WorkUnit
 from evomerge.recipe import Recipe
 from evomerge.run import run, search
 from evomerge.rundir import read_telemetry
@@ -249,14 +251,14 @@ Tokens = list[int]
 
 
 def _items(
-    rng: np.random.Generator, n: int, prefix: int, context: int, answer: int
+    rng: np.random.Generator, n: int, prefix: int, context: int, answer: int, vocabulary: int = 32000
 ) -> list[tuple[Tokens, list[Tokens]]]:
-    shared = rng.integers(3, 32000, prefix).tolist()
+    shared = rng.integers(3, vocabulary, prefix).tolist()
     out = []
     for _ in range(n):
         length = int(rng.integers(context // 2, context * 3 // 2))
-        choices = [rng.integers(3, 32000, answer).tolist() for _ in range(4)]
-        out.append((shared + rng.integers(3, 32000, length).tolist(), choices))
+        choices = [rng.integers(3, vocabulary, answer).tolist() for _ in range(4)]
+        out.append((shared + rng.integers(3, vocabulary, length).tolist(), choices))
     return out
 
 
@@ -456,6 +458,59 @@ class _Overhead(Prepared):
         return FakeEvaluator
 
 
+# -- layer routes ----------------------------------------------------------------------------------------------
+
+
+def routes() -> list[Row]:
+    """A late population of a route search in units that share hidden states, against the same one by one."""
+    with tempfile.TemporaryDirectory() as temporary:
+        pool, manifest = write_pool(Path(temporary), 2, torch.float32)
+        return [_routes(pool, manifest, "anywhere", 0), _routes(pool, manifest, "in the later half", 6)]
+
+
+def _routes(pool: ModelPool, manifest: Manifest, where: str, first: int, candidates: int = 12) -> Row:
+    bank = Bank.load(pool, manifest, device())
+    builder = Builder(bank, "float32")
+    router = Router(live_model(pool.checkpoints["base"].path, builder.views(), "float32"), pool, bank, builder)
+    rng = np.random.Generator(np.random.PCG64(0))
+    children: dict[str, Recipe] = {}
+    while len(children) < candidates:
+        hops = [{"from": ("base", "e0")[i % 2], "layer": i} for i in range(12)]
+        at = int(rng.integers(first, 12))
+        hops[at : at + 1] = ([], [{"from": "e1", "layer": at}], [hops[at]] * 2)[int(rng.integers(3))]
+        child = Recipe.model_validate({"route": {"hops": hops}}).canonical(manifest)
+        children[child.id] = child
+    items = _items(np.random.Generator(np.random.PCG64(1)), n=12, prefix=0, context=40, answer=4, vocabulary=16384)
+    plan = _plan(items, PlanShape(GPU_BATCH_TOKENS if device().type == "cuda" else CPU_BATCH_TOKENS))
+    positions = tuple(range(len(items)))
+    scorer = MultipleChoice()
+    jobs = [Job(i, 0, r, ItemSet("search", {"bench": positions})) for i, r in enumerate(children.values())]
+    units = alike(jobs)
+
+    def scored(units: list[list[Job]]) -> dict[int, list[np.ndarray]]:
+        out = {}
+        for unit in units:
+            for i, job in enumerate(unit):
+                router.shared.expect(job.recipe.path, [j.recipe.path for j in unit[i + 1 :]])
+                builder.build(job.recipe)
+                router.follow(job.recipe)
+                with router.sharing(plan.id):
+                    out[job.proposal] = scorer.choice_logprobs(router.model, plan, positions)
+            router.shared.clear()
+        return out
+
+    alone = [[j] for j in jobs]
+    together, apart = scored(units), scored(alone)
+    ours, theirs = side_by_side(lambda: scored(units), lambda: scored(alone), 2, time.process_time)
+    return {
+        "what": f"routes, {candidates} children of one path of 12 hops that differ {where}, in {len(units)} units",
+        "shared ms": ours * 1e3,
+        "one by one ms": theirs * 1e3,
+        "ratio": theirs / ours,
+        "bitwise equal": all(np.array_equal(a, b) for i in apart for a, b in zip(apart[i], together[i], strict=True)),
+    }
+
+
 def messages() -> list[Row]:
     """Bytes that travel per candidate of the quickstart: a work unit there, its scores back."""
     prepared = prepare(load("quickstart"))
@@ -497,6 +552,7 @@ BENCHES: dict[str, Callable[[], list[Row]]] = {
     "score": score,
     "generation": generation,
     "overhead": overhead,
+    "routes": routes,
     "messages": messages,
     "workers": workers,
     "demo": demo,
