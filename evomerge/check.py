@@ -116,7 +116,7 @@ def _memory(prepared: Prepared) -> int:
         kept = 1 - 1 / len(BANDS)
         sides = [min(t.shape) for t in m.tensors if t.matrix]
         sketches += sum(side * math.ceil(kept * side) for side in sides)
-    return m.elements * size * (len(m.hashes) + 1) + 4 * len(m.experts) * sketches
+    return (sum(map(m.elements_of, m.hashes)) + m.elements) * size + 4 * len(m.experts) * sketches
 
 
 def _cpu_flops(threads: int) -> float:

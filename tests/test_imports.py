@@ -33,7 +33,7 @@ LEVELS = tuple(
     merge.route workers.inline workers.fake workers.units
     search.optuna_study search.recipes search.surrogate
     search.cmaes search.random_search search.ga search.greedy_soup search.frank_wolfe search.nsga2 search.tpe search.gp
-    search.niches search.map_elites search.cycleqd search.adam
+    search.niches search.route_ga search.map_elites search.cycleqd search.adam
     search.nsga3 search.map search.auto
     search.bayesian_map search.nested_map
     workers.local workers.ray workers.child score.multiple_choice score.perplexity score.weights evaluate
