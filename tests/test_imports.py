@@ -26,7 +26,7 @@ LEVELS = tuple(
     hub
     recipe pool licences tasks.base tasks.presets mergekit_evolve
     proposal merge.bank merge.live merge.geometry tasks.prompts tasks.perplexity tasks.weights tasks.function
-    tasks.lm_eval tasks.multiple_choice tasks.generation report.coefficients
+    tasks.structure tasks.lm_eval tasks.multiple_choice tasks.generation report.coefficients
     tasks
     space score.plan workers rundir merge.pipeline merge.gradient
     search.base score score.attention score.model score.prompts merge.builder commit
@@ -37,7 +37,7 @@ LEVELS = tuple(
     search.nsga3 search.map search.auto
     search.bayesian_map search.nested_map
     workers.local workers.ray workers.child score.multiple_choice score.perplexity score.weights evaluate
-    score.generation score.function score.lm_eval
+    score.structure score.generation score.function score.lm_eval
     search layer_swap fitness
     config
     objective budget items
@@ -61,7 +61,7 @@ IMPURE = words(
     """
     pool stock merge.masks merge.bank merge.geometry merge.live merge.pipeline merge.builder merge.gradient merge.route
     score.attention score.model score.multiple_choice score.perplexity score.weights score.generation score.function
-    score.lm_eval
+    score.structure score.lm_eval
     evaluate standalone check workers.child workers.ray export.hf export.verify report.results report.compare
     report.archive report.front report.page report.pool_page inspect_pool licences export.write export.card export.push
     """
