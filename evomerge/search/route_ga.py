@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from evomerge.errors import UserError
 from evomerge.manifest import Manifest
 from evomerge.proposal import Proposal, Result
 from evomerge.recipe import DECIMALS, MAX_HOPS, Hop, Recipe, Route
@@ -221,7 +220,7 @@ class Options:
     min_hops: int = 1
     """The shortest path."""
     max_hops: int | None = None
-    """The longest path; default twice as many as the deepest model has layers."""
+    """The longest path; default twice as many as the deepest model has layers, or `min_hops` where that is more."""
     crossover: float = 0.5
     """Share of children that have two parents."""
     mutations: int = 1
@@ -250,14 +249,9 @@ class Options:
             raise ValueError(f"sigma: `0 < sigma <= 3` must hold, but got {self.sigma:g}")
 
     def bounds(self, manifest: Manifest) -> Bounds:
-        """Of paths through a pool. Raises UserError where the shortest path is longer than the longest."""
+        """Of paths through a pool."""
         layers = {n: manifest.layers[n] for n in (manifest.base, *sorted({*manifest.layers} - {manifest.base}))}
-        most = self.max_hops or min(2 * max(layers.values()), MAX_HOPS)
-        if self.min_hops > most:
-            raise UserError(
-                f"search: min_hops {self.min_hops} is above the default of max_hops, {most} (twice the deepest model's "
-                "layers); set max_hops too"
-            )
+        most = self.max_hops or max(min(2 * max(layers.values()), MAX_HOPS), self.min_hops)
         return Bounds(layers, self.min_hops, most, self.sigma if self.scales else 0.0)
 
 
