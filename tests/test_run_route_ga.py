@@ -16,9 +16,11 @@ from evomerge.config import load
 from evomerge.errors import UserError
 from evomerge.export.verify import open_recipe_pool
 from evomerge.export.write import write_export
+from evomerge.fitness import FitnessSpec
 from evomerge.history import History
 from evomerge.pool import ModelPool
 from evomerge.run import run
+from evomerge.schema import validated
 
 SEARCH = {"seed": 4, "budget": {"evaluations": 20}, "population": 6, "finalists": 2}
 
@@ -99,7 +101,7 @@ def test_the_export_loads(finished: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", local_files_only=True)
 
     assert len(model.model.layers) == len(history.recipe(best.id).route.hops)
-    pool, manifest = open_recipe_pool(history.recipe(best.id), history.source_paths())
+    pool, _ = open_recipe_pool(history.recipe(best.id), history.source_paths())
     assert {*pool.checkpoints} <= {"base", "deep"}
     assert history.recipe(best.id).canonical(history.manifest).id == best.recipe_id
 
@@ -112,15 +114,17 @@ def test_survivors_on_growing_samples(experiment: Callable[..., Any], tmp_path: 
     assert len({g.items for g in history.generations}) > 1
 
 
-def test_check_counts_every_layer_in_memory(experiment: Callable[..., Any]) -> None:
-    """Resident are both models, each with its own layers, and what is built."""
+def test_check_counts_every_layer(experiment: Callable[..., Any]) -> None:
+    """Resident are both models, each with its own layers, and what is built; paths have up to eight hops."""
     asked = experiment()
     found = check(asked)
 
     assert "no axes: route-ga" in text(found)
     models = (asked.models.base, asked.models.experts["deep"])
-    three, four = (ModelPool.open(Path(p), {}).manifest().elements for p in models)
-    assert found.memory_bytes == 4 * (three + four + three)
+    three, four = (ModelPool.open(Path(p), {}).manifest() for p in models)
+    layer = four.parameters - three.parameters
+    assert found.flop_per_candidate == 2 * (three.parameters + 5 * layer) * found.tokens_per_candidate
+    assert found.memory_bytes == 4 * (three.elements + four.elements + three.elements)
 
 
 def test_who_cannot_have_routes(experiment: Callable[..., Any], tiny_model: Any) -> None:
@@ -130,5 +134,10 @@ def test_who_cannot_have_routes(experiment: Callable[..., Any], tiny_model: Any)
     mamba = experiment()
     paths = {"base": str(tiny_model("mamba", 0)), "experts": {"other": str(tiny_model("mamba", 1))}}
     mamba = mamba.model_copy(update={"models": mamba.models.model_copy(update=paths)})
-    with pytest.raises(UserError, match="layer routes are known for .*, not for 'mamba'"):
+    with pytest.raises(UserError, match=r"layer routes are known for .*, not for 'mamba'"):
         check(mamba)
+    far = experiment()
+    tasks = [*far.fitness.model_dump(exclude_defaults=True)["tasks"], {"name": "w", "kind": "weights"}]
+    fitness = validated(FitnessSpec, {"tasks": tasks}, "fitness")
+    with pytest.raises(UserError, match="task 'w' of kind weights compares a model with the base weight by weight"):
+        check(far.model_copy(update={"fitness": fitness}))

@@ -1,4 +1,4 @@
-"""Depth, parameters and latency as objectives: those of the exported model, and recorded once where they are measured."""
+"""Depth, parameters and latency as objectives: those of the exported model; what is measured is recorded once."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Evaluator:
         self.evaluator = MergeEvaluator(
             EvaluatorSpec(str(base), {"one": str(one)}, self.manifest, "float32", plans, "cpu", 1)
         )
-        self.items = ItemSet("search", {t: (0,) for t in plans})
+        self.items = ItemSet("search", dict.fromkeys(plans, (0,)))
 
     def recipe(self, hops: list[tuple[str, int]]) -> Recipe:
         return Recipe.model_validate(routed(hops)).canonical(self.manifest)
@@ -93,7 +93,7 @@ def test_weights_of_plain_models(arch: str, tiny_model: Any) -> None:
     assert weights_of(model) == ModelPool.open(folder, {}).manifest().parameters
 
 
-# -- latency ------------------------------------------------------------------------------------------------------------
+# -- latency ----------------------------------------------------------------------------------------------------------
 
 
 def test_latency_is_the_median_behind_a_first_pass(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,7 +137,7 @@ def test_plans_know_what_they_time(tiny_model: Any) -> None:
     assert plans["speed"].content() != plans["b"].content()
 
 
-# -- in runs --------------------------------------------------------------------------------------------------------------
+# -- in runs ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
