@@ -9,6 +9,7 @@ from typing import Any
 
 from evomerge.config import Experiment
 from evomerge.licences import licence_of, remarks
+from evomerge.manifest import Manifest
 from evomerge.merge.methods import BANDS, METHODS, Method
 from evomerge.pool import TORCH_DTYPES
 from evomerge.prepare import Prepared, allowance_of, prepare
@@ -52,7 +53,9 @@ def check(experiment: Experiment, allow: Allowed = NOTHING) -> Check:
     allowance = allowance_of(experiment.search.budget, prepared.experiment, items["search"])
     tokens = sum(p.tokens(p.splits["search"]) for p in prepared.plans.values())
     least = sum(p.least_tokens(p.splits["search"]) for p in prepared.plans.values())
-    per_token = 2.0 * prepared.manifest.parameters
+    hops = [_hops(prepared, n) for n in range(len(prepared.stages))]
+    per_token = 2.0 * _parameters(prepared.manifest, max(most for _, most in hops))
+    least_per_token = 2.0 * _parameters(prepared.manifest, min(fewest for fewest, _ in hops))
     uncounted = [
         f"task {t.name!r}: what it computes is not known and not counted"
         for t in experiment.benchmarks
@@ -70,7 +73,7 @@ def check(experiment: Experiment, allow: Allowed = NOTHING) -> Check:
         if any(needs_of(a).scope == "incumbents" for a in algorithms):
             sampled.append("who survives a generation is scored on the next one's items too, which counts")
     elif prepared.device == "cpu" and total is not None:
-        seconds = total * per_token * least / _cpu_flops(experiment.workers.threads) / experiment.workers.count
+        seconds = total * least_per_token * least / _cpu_flops(experiment.workers.threads) / experiment.workers.count
     return Check(
         name=experiment.name,
         experiment_id=prepared.experiment_id,
@@ -102,6 +105,22 @@ def _described(prepared: Prepared, n: int) -> dict[str, Any]:
     return {"algorithm": algorithm, "proposes": needs_of(algorithm).proposes, **prepared.spaces[n].describe()}
 
 
+def _hops(prepared: Prepared, n: int) -> tuple[int, int]:
+    """How many layers the candidates of a stage have, at least and at most."""
+    algorithm, options = prepared.experiment.algorithm_of(prepared.stages[n])
+    if needs_of(algorithm).routes:
+        bounds = options.bounds(prepared.manifest)
+        return bounds.least, bounds.most
+    layers = prepared.manifest.layers[prepared.manifest.base]
+    return layers, layers
+
+
+def _parameters(m: Manifest, hops: int) -> int:
+    """Weights that a token meets in a model of so many layers of the pool."""
+    layer = sum(t.size for b in m.blocks.values() if b.layer == 0 for t in b.tensors)
+    return m.parameters + (hops - m.layers[m.base]) * layer
+
+
 def _memory(prepared: Prepared) -> int:
     """Resident weights of one worker: the bank as stored, the buffer, and where needed sorted magnitudes and singular
     vectors (of those the most that they may be)."""
@@ -116,7 +135,7 @@ def _memory(prepared: Prepared) -> int:
         kept = 1 - 1 / len(BANDS)
         sides = [min(t.shape) for t in m.tensors if t.matrix]
         sketches += sum(side * math.ceil(kept * side) for side in sides)
-    return m.elements * size * (len(m.hashes) + 1) + 4 * len(m.experts) * sketches
+    return (sum(map(m.elements_of, m.hashes)) + m.elements) * size + 4 * len(m.experts) * sketches
 
 
 def _cpu_flops(threads: int) -> float:

@@ -208,7 +208,7 @@ def prepare(
     items = load_items(experiment.tasks, allow)
     experiment = with_commits(experiment)
     pool = open_pool(experiment)
-    pool.check_mergeable()
+    check_depths(experiment, pool)
     device = pick_device(experiment.workers.device)
     if experiment.workers.backend != "ray":  # a cluster's devices are not the driver's
         check_device(device)
@@ -246,6 +246,18 @@ def prepare(
     prepared = Prepared(experiment, manifest, dtype, plans, spaces, device, (*picked, *pool.notes()), folders)
     prepared.given_recipes()
     return prepared
+
+
+def check_depths(experiment: Experiment, pool: Any) -> None:
+    """Raises UserError for models of different depth where only merges are searched, and for a pool whose layers cannot
+    follow one another where routes are."""
+    from evomerge.merge.route import check_routable
+
+    named = [experiment.algorithm_of(s)[0] for s in experiment.stages if not experiment.is_auto(s)]
+    if any(needs_of(a).routes for a in named):
+        check_routable(pool)
+    else:
+        pool.check_mergeable()
 
 
 def with_groups(

@@ -60,6 +60,11 @@ def check_algorithms(experiment: Experiment) -> None:
             )
         if needs.gradients:
             check_tasks_for_gradients(experiment, f"search: {name} follows gradients", "use cma-es")
+        for far in (t.name for t in experiment.tasks if needs.routes and t.kind == "weights"):
+            raise UserError(
+                f"search: {name} sends tokens through layers of several models, but task {far!r} of kind weights "
+                "compares a model with the base weight by weight; drop the task, or use kind structure"
+            )
         if needs.per_item_scores:
             for goal in fitness_of(experiment).goals:
                 for task, _ in fitness_of(experiment).weights_of(goal):

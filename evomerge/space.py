@@ -490,7 +490,7 @@ def _experts(spec: SpaceSpec, m: Manifest) -> tuple[str, ...]:
     for name in experts:
         if name not in m.experts:
             raise UserError(f"search space: experts: unknown expert {name!r}{nearest(name, m.experts)}")
-    if not experts:
+    if not experts and not m.layouts:  # models of other depth are for routes, which need no axes of a merge
         raise UserError("search space: experts: expected at least one")
     for method in spec.methods:
         if method.combine == "spherical":

@@ -26,18 +26,18 @@ LEVELS = tuple(
     hub
     recipe pool licences tasks.base tasks.presets mergekit_evolve
     proposal merge.bank merge.live merge.geometry tasks.prompts tasks.perplexity tasks.weights tasks.function
-    tasks.lm_eval tasks.multiple_choice tasks.generation report.coefficients
+    tasks.structure tasks.lm_eval tasks.multiple_choice tasks.generation report.coefficients
     tasks
     space score.plan workers rundir merge.pipeline merge.gradient
     search.base score score.attention score.model score.prompts merge.builder commit
     merge.route workers.inline workers.fake workers.units
     search.optuna_study search.recipes search.surrogate
     search.cmaes search.random_search search.ga search.greedy_soup search.frank_wolfe search.nsga2 search.tpe search.gp
-    search.niches search.map_elites search.cycleqd search.adam
+    search.niches search.route_ga search.map_elites search.cycleqd search.adam
     search.nsga3 search.map search.auto
     search.bayesian_map search.nested_map
     workers.local workers.ray workers.child score.multiple_choice score.perplexity score.weights evaluate
-    score.generation score.function score.lm_eval
+    score.structure score.generation score.function score.lm_eval
     search layer_swap fitness
     config
     objective budget items
@@ -61,7 +61,7 @@ IMPURE = words(
     """
     pool stock merge.masks merge.bank merge.geometry merge.live merge.pipeline merge.builder merge.gradient merge.route
     score.attention score.model score.multiple_choice score.perplexity score.weights score.generation score.function
-    score.lm_eval
+    score.structure score.lm_eval
     evaluate standalone check workers.child workers.ray export.hf export.verify report.results report.compare
     report.archive report.front report.page report.pool_page inspect_pool licences export.write export.card export.push
     """

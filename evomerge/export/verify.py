@@ -104,11 +104,14 @@ def _score_differences(path: Path, record: Mapping[str, Any], allow: Allowed) ->
     from evomerge.standalone import score_folder
 
     fitness = validated(FitnessSpec, record["fitness"], str(path / RECORD))
+    measured = {t.name: t.measured for t in fitness.tasks}
     out = {}
     for split, tasks in record["scores"].items():
         now = score_folder(path, fitness, splits=(split,), allow=allow)[split]
         for task, metrics in tasks.items():
             for metric, value in metrics.items():
+                if metric in measured.get(task, ()):
+                    continue
                 out[f"{split}.{task}.{metric}"] = abs(float(now[task][metric].mean()) - float(value))
     return out
 

@@ -27,6 +27,9 @@ ALGORITHMS: Mapping[str, Algorithm] = {
     ),
     "adam": Algorithm("evomerge.search.adam:Adam", "gradient descent on the coefficients, through the merged model"),
     "ga": Algorithm("evomerge.search.ga:Ga", "tournaments, blend crossover, mutation: a plain baseline"),
+    "route-ga": Algorithm(
+        "evomerge.search.route_ga:RouteGa", "layer routes: paths through layers of all models, varied hop by hop"
+    ),
     "greedy-soup": Algorithm("evomerge.search.greedy_soup:GreedySoup", "experts join a plain mean where that helps"),
     "frank-wolfe": Algorithm("evomerge.search.frank_wolfe:FrankWolfe", "steps towards the expert that helps most"),
     "map-elites": Algorithm(

@@ -46,6 +46,8 @@ class Needs:
     """Whether it is told `Result.gradient`."""
     methods: tuple[str, ...] = ("linear",)
     """Merge methods of the recipes that it proposes; genomes have their space's."""
+    routes: bool = False
+    """Whether these recipes have routes: models may be of different depth, and their layers must follow one another."""
 
 
 class Optimizer(Protocol):

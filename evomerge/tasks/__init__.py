@@ -13,6 +13,7 @@ from evomerge.tasks.generation import GenerationSpec
 from evomerge.tasks.lm_eval import LmEvalSpec
 from evomerge.tasks.multiple_choice import MultipleChoiceSpec
 from evomerge.tasks.perplexity import PerplexitySpec
+from evomerge.tasks.structure import StructureSpec
 from evomerge.tasks.weights import WeightsSpec
 
 
@@ -33,6 +34,9 @@ KINDS: Mapping[str, Kind] = {
     ),
     "perplexity": Kind(PerplexitySpec, "evomerge.score.perplexity:Perplexity", "bits per byte of given texts"),
     "weights": Kind(WeightsSpec, "evomerge.score.weights:Weights", "distance of the weights from the base"),
+    "structure": Kind(
+        StructureSpec, "evomerge.score.structure:Structure", "layers, parameters or latency of the merged model"
+    ),
     "lm_eval": Kind(LmEvalSpec, "evomerge.score.lm_eval:LmEval", "a task of lm-evaluation-harness, in memory"),
     "python": Kind(FunctionSpec, "evomerge.score.function:Function", "a Python function of your own"),
 }

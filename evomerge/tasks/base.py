@@ -84,6 +84,9 @@ class TaskSpec(BaseModel):
     """False where the metrics say nothing about how well a model does: no row of result tables, no floor."""
     shares: ClassVar[frozenset[str]] = frozenset()
     """Metrics that are shares of a whole, such as accuracy: means over tasks are taken of these, or of one metric."""
+    measured: ClassVar[frozenset[str]] = frozenset()
+    """Metrics that depend on the machine's moment as well, such as seconds: recorded values count, and are not compared
+    with new ones."""
     smooth: ClassVar[Mapping[str, str]] = {}
     """Metric -> the one that is differentiated for it: itself, or where it counts, what it is the rounding of. The
     kind's scorer is a `score.plan.Differentiable` where there are any."""

@@ -73,9 +73,12 @@ def mix_of(p: Proposal, manifest: Manifest) -> dict[str, float]:
     """Source -> share of the mean that a recipe builds; a block without a rule is the base. What task arithmetic adds
     to the base is taken from the base's share.
 
-    Of segments the mean shares over the flat layout, of bands of singular values the mean of the bands.
+    Of segments the mean shares over the flat layout, of bands of singular values the mean of the bands, of routes the
+    shares of the hops, and where they come to a merge whose blocks are of one source each, the shares of the blocks.
     """
     assert p.recipe is not None
+    if p.recipe.route is not None:
+        return counted([h.from_ for h in p.recipe.route.hops])
     if p.recipe.segments is not None:
         out: dict[str, float] = {}
         for start, stop, weights in p.recipe.segments.within(0, manifest.elements):
@@ -85,13 +88,19 @@ def mix_of(p: Proposal, manifest: Manifest) -> dict[str, float]:
     blocks = p.recipe.blocks
     if not blocks:
         return {manifest.base: 1.0}
-    rules = [r.sources for r in blocks.values()]
-    assert len(rules) == len(manifest.blocks)
+    whole = {manifest.base: {"weight": 1.0}}
+    rules = [blocks[b].sources if b in blocks else whole for b in manifest.blocks]
+    if any(r != rules[0] for r in rules) and all(len(r) == 1 and {"weight": 1.0} in r.values() for r in rules):
+        return counted([n for r in rules for n in r])
     assert all(r == rules[0] for r in rules), "one mix for the whole model"
     mix = {n: c["weight"] * np.mean([c[b] for b in BANDS if b in c] or [1.0]) for n, c in rules[0].items()}
     if {r.method for r in blocks.values()} <= {"spectral", "task_arithmetic"}:  # which add to the base
         mix[manifest.base] = 1.0 - sum(mix.values())
     return mix
+
+
+def counted(names: list[str]) -> dict[str, float]:
+    return {n: names.count(n) / len(names) for n in dict.fromkeys(names)}
 
 
 def search(opt: Optimizer, manifest: Manifest, loss: Loss, budget: int = 400, slice_: int = 100) -> list[Any]:
