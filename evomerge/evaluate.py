@@ -65,7 +65,7 @@ class MergeEvaluator:
         return Scorable(model, load_tokenizer(self._base), self._builder.distance)
 
     def _routed(self) -> Router:
-        return Router(self._candidate.model, self._pool, self._builder.bank, self._builder)
+        return Router(self._candidate.model, self._pool, self._builder)
 
     def evaluate(self, unit: WorkUnit) -> list[tuple[Evaluation, Telemetry]]:
         """One result per job, in order. Never raises for a bad candidate.

@@ -12,6 +12,7 @@ from evomerge.hub import folder_of, named
 from evomerge.merge.bank import Bank
 from evomerge.merge.builder import Builder
 from evomerge.merge.live import inference, live_model, load_tokenizer
+from evomerge.merge.route import Router
 from evomerge.pool import ModelPool
 from evomerge.prepare import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS, compile_plans, load_items
 from evomerge.proposal import Scores
@@ -57,6 +58,7 @@ def score_recipe(
     model = live_model(base.path, builder.views(), canonical.dtype)
     candidate = Scorable(model, load_tokenizer(base.path), builder.distance)
     builder.build(canonical)
+    Router(model, pool, builder).follow(canonical)
     out: dict[str, dict[str, Mapping[str, object]]] = {s: {} for s in splits}
     for task, plan in plans.items():
         scorer = make_scorer(plan.kind)

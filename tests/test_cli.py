@@ -392,8 +392,10 @@ def write_recipe(path: Path, tiny_model: Callable[..., Path], **fields: Any) -> 
 @pytest.mark.parametrize(
     ("fields", "fragment"),
     [
-        ({"merge": None, "route": {"embed": "x", "final_norm": "x", "head": "x", "hops": [{"from": "x", "layer": 0}]}},
-         "recipes with 'route' are not built"),
+        ({"merge": None, "route": {"hops": [{"from": "x", "layer": 2}]}},
+         "r.yaml: route, hop 1: 'x' has layers 0 to 1, not 2"),
+        ({"merge": None, "route": {"hops": [{"from": "y", "layer": 0}]}}, "unknown source 'y'"),
+        ({"merge": None, "route": {"hops": []}}, "route.hops: expected 1 or more entries"),
         ({"tokenizer": {"policy": "union"}}, "policy 'union' is not built"),
         ({"merge": [{"method": "linear", "sources": {"x": {"weight": 0}}}]}, "all weights of linear are 0"),
         ({"merge": [{"method": "slurp", "sources": {"x": {}}}]}, "unknown method 'slurp'; did you mean 'slerp'"),
@@ -401,7 +403,7 @@ def write_recipe(path: Path, tiny_model: Callable[..., Path], **fields: Any) -> 
          "r.yaml: merge rule 1: layers [1, 7] go past the last one: the model has 2 layers"),
         ({"sources": {"base": {}, "x": {}}}, "the recipe gives no folder"),
     ],
-    ids=["route", "tokenizer", "zero weights", "method", "layers", "no folder"],
+    ids=["hop too deep", "hop from nowhere", "no hops", "tokenizer", "zero weights", "method", "layers", "no folder"],
 )  # fmt: skip
 def test_recipes_that_cannot_be_built(
     fields: dict[str, Any], fragment: str, tiny_model: Any, tmp_path: Path, capsys: Capsys

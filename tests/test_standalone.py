@@ -48,6 +48,23 @@ def test_a_folder_is_a_recipe_of_its_base(finished_run: Path, tiny_model: Any) -
         assert np.array_equal(alone["select"][task]["probability"], merged["select"][task]["probability"])
 
 
+def test_a_route_is_followed(finished_run: Path, tiny_model: Any) -> None:
+    """A path through all layers of another model, with its ends, is that model; one that turns back is not."""
+    fitness = History.read(finished_run).experiment.fitness
+    deep = tiny_model("llama", 1, num_hidden_layers=3)
+    pool = ModelPool.open(tiny_model("llama"), {"deep": deep})
+    ends = {"embed": "deep", "final_norm": "deep", "head": "deep"}
+
+    def scored(*layers: int) -> Any:
+        hops = [{"from": "deep", "layer": i} for i in layers]
+        recipe = Recipe.model_validate({"route": {**ends, "hops": hops}})
+        return score_recipe(recipe, pool, fitness, splits=("select",))["select"]["words"]["probability"]
+
+    alone = score_folder(deep, fitness, splits=("select",))["select"]["words"]["probability"]
+    assert np.array_equal(scored(0, 1, 2), alone)
+    assert not np.array_equal(scored(0, 1, 0), alone)
+
+
 def test_nan_weights_are_a_run_error(experiment_with: Callable[..., Any], tiny_model: Any) -> None:
     """A model with NaN weights cannot be scored; that is one line, not a traceback."""
     sick = tiny_model("llama", name="sick")

@@ -125,11 +125,11 @@ class Shared:
 class Router:
     """Sends tokens through a live model along the routes of recipes that its builder has built."""
 
-    def __init__(self, model: Any, pool: ModelPool, bank: Bank, builder: Builder) -> None:
+    def __init__(self, model: Any, pool: ModelPool, builder: Builder) -> None:
         """Take a live model over the builder's buffer; it goes through its own layers until a route is followed."""
         self.shared = Shared()
         self.model = model
-        self._pool, self._bank, self._builder = pool, bank, builder
+        self._pool, self._builder = pool, builder
         base = pool.checkpoints[pool.base]
         self._row = ARCHITECTURES.get(base.model_type)
         self._plain: tuple[Any, int, Any] | None = None
@@ -192,7 +192,7 @@ class Router:
         if source == MERGED:
             return own[layer]
         if (source, layer) not in self._resident:
-            weights = layer_weights(self._bank, source, layer, self._builder.buffer.dtype)
+            weights = layer_weights(self._builder.bank, source, layer, self._builder.buffer.dtype)
             blank = self._pool.checkpoints[source].stock.model.get_submodule(f"{self._row.stack}.{layer}")
             twin = _twin(blank, self.model.config, layer)
             for module_name, module in twin.named_modules():

@@ -469,9 +469,8 @@ def routes() -> list[Row]:
 
 
 def _routes(pool: ModelPool, manifest: Manifest, where: str, first: int, candidates: int = 12) -> Row:
-    bank = Bank.load(pool, manifest, device())
-    builder = Builder(bank, "float32")
-    router = Router(live_model(pool.checkpoints["base"].path, builder.views(), "float32"), pool, bank, builder)
+    builder = Builder(Bank.load(pool, manifest, device()), "float32")
+    router = Router(live_model(pool.checkpoints["base"].path, builder.views(), "float32"), pool, builder)
     rng = np.random.Generator(np.random.PCG64(0))
     children: dict[str, Recipe] = {}
     while len(children) < candidates:

@@ -55,10 +55,9 @@ def opened(folders: dict[str, Path]) -> Routed:
     base, *_ = folders
     pool = ModelPool.open(folders[base], {n: p for n, p in folders.items() if n != base}, base)
     manifest = pool.manifest()
-    bank = Bank.load(pool, manifest, torch.device("cpu"))
-    builder = Builder(bank, "float32")
+    builder = Builder(Bank.load(pool, manifest, torch.device("cpu")), "float32")
     model = live_model(folders[base], builder.views(), "float32")
-    return Routed(pool, manifest, builder, model, Router(model, pool, bank, builder))
+    return Routed(pool, manifest, builder, model, Router(model, pool, builder))
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
