@@ -145,7 +145,7 @@ def route_figure(recipe: Recipe, manifest: Manifest) -> Figure:
     """The route of a canonical recipe: hops (x) by layer of their source (y), a colour and a shape for each source.
 
     Layers that are skipped are drawn faintly where the path passes them; rings mark layers that it went through
-    before. Below, where a hop is not as its source has it, a row for each kind of factor, 1 near white.
+    before. Below, where a hop is not as its source has it, a row for each kind of factor, with gaps for 1.
     """
     assert recipe.route is not None
     hops = recipe.route.hops
@@ -201,7 +201,7 @@ def route_figure(recipe: Recipe, manifest: Manifest) -> Figure:
     factors = {title: [float(getattr(h, field)) for h in hops] for field, title in FACTORS.items()}
     shown = {title: row for title, row in factors.items() if any(x != 1.0 for x in row)}
     below = 30.0 * len(shown) + (24 if shown else 0)
-    above = pitch * rows
+    above = max(pitch * rows, 140.0)
     share = below / (above + below)
     layout: Figure = {
         "height": round(above + below) + 90 + 26 * legend_rows([d["name"] for d in data]),
@@ -245,14 +245,15 @@ def _marks(name: str, at: Sequence[tuple[float, int]], marker: Figure) -> Figure
 
 
 def _strip(rows: dict[str, list[float]]) -> Figure:
-    """Factors by hop; colours over the same distance on both sides of 1."""
+    """Factors by hop other than 1; colours over the same distance on both sides of it."""
     limit = max(abs(x - 1.0) for row in rows.values() for x in row)
     return {
         "type": "heatmap",
         "name": "factors",
         "x": list(range(1, 1 + len(next(iter(rows.values()))))),
         "y": list(rows),
-        "z": list(rows.values()),
+        "z": [[None if x == 1.0 else x for x in row] for row in rows.values()],
+        "hoverongaps": False,
         "yaxis": "y2",
         "colorscale": DIVERGING,
         "zmin": 1.0 - limit,

@@ -177,7 +177,7 @@ def test_skipped_repeated_and_scaled_layers_are_seen(manifest_of: ManifestOf) ->
     assert list(zip(skips["x"], skips["y"], strict=True)) == [(0.5, 0), (1.5, 2), (5.5, 5)]
     assert (traces["repeated"]["x"], traces["repeated"]["y"]) == ([4], [3])
     assert traces["factors"]["y"] == ["attention gain"]
-    assert traces["factors"]["z"] == [[1.0, 1.0, 0.5, 1.0, 1.0]]
+    assert traces["factors"]["z"] == [[None, None, 0.5, None, None]]
     assert (traces["factors"]["zmin"], traces["factors"]["zmax"]) == (0.5, 1.5)
     assert traces["layers in order"]["x"] == [1, 6]
     assert traces["layers in order"]["y"] == [0, 5]
