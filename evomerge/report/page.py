@@ -105,7 +105,7 @@ def run_page(history: History) -> str:
 
 
 def _opening(history: History, r: Results, state: Mapping[str, Any]) -> list[str]:
-    experiment, manifest = history.experiment, history.manifest
+    experiment = history.experiment
     parts = [html.lead(verdict(history, r, state))]
     if experiment.description:
         parts.append(html.text(experiment.description))
@@ -114,7 +114,7 @@ def _opening(history: History, r: Results, state: Mapping[str, Any]) -> list[str
     budget = ", ".join(f"{v:,} {k.replace('_', ' ')}" for k, v in state["budget"].items())
     tasks = [f"{t.name} ({t.metric})" for t in experiment.tasks]
     rows = [
-        ("models", f"{manifest.base} and {_listed(manifest.experts)}; {manifest.parameters:,} parameters each"),
+        ("models", _models(history.manifest)),
         ("search space", _space(history)),
         ("search", f"{', '.join(algorithms)}, seed {experiment.search.seed}, budget {budget}"),
         ("tasks", f"{_listed(tasks)}; the metric that the search optimises in brackets"),
@@ -209,6 +209,14 @@ def _cautions(history: History, state: Mapping[str, Any]) -> list[str]:
 def _listed(names: Sequence[str], most: int = 12) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+def _models(manifest: Manifest) -> str:
+    """Base and experts, and the sources of another depth, which only routes go through."""
+    names = " and ".join(x for x in (manifest.base, _listed(manifest.experts)) if x)
+    others = [f"{n} of {manifest.layers[n]} layers" for n in sorted(manifest.layouts)]
+    deeper = f"; for routes also {_listed(others)}" if others else ""
+    return f"{names}; {manifest.parameters:,} parameters each{deeper}"
 
 
 def _space(history: History) -> str:

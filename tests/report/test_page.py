@@ -398,3 +398,17 @@ def test_the_page_of_a_route(routed_run: History) -> None:
 def test_pages_without_routes_have_no_section_for_them(page: Page) -> None:
     assert "Route" not in page.text
     assert page.details[0]["drawings"] == {}
+
+
+def test_sources_of_another_depth_are_named(made_history: Any, manifest_of: Any) -> None:
+    """Models that only routes go through stand beside those that are merged, with their depth."""
+    history = made_history()
+    manifest = replace(
+        history.manifest,
+        layers={**history.manifest.layers, "deep": 4},
+        hashes={**history.manifest.hashes, "deep": "f" * 64},
+        layouts={"deep": manifest_of(4).tensors},
+    )
+
+    assert "base and code, math;" in Page(run_page(history)).text
+    assert "for routes also deep of 4 layers" in Page(run_page(replace(history, manifest=manifest))).text
