@@ -63,4 +63,9 @@ def _renamed(recipe: Recipe, names: Mapping[str, str], path: Path) -> dict[str, 
             r.model_copy(update={"sources": {renamed.get(s, s): c for s, c in r.sources.items()}})
             for r in recipe.merge or ()
         )
+    if (route := recipe.route) is not None:
+        ends = {"embed": route.embed, "final_norm": route.final_norm, "head": route.head}
+        ends = {end: renamed.get(name, name) for end, name in ends.items()}
+        hops = tuple(h.model_copy(update={"from_": renamed.get(h.from_, h.from_)}) for h in route.hops)
+        update["route"] = route.model_copy(update={**ends, "hops": hops})
     return recipe.model_copy(update=update).to_json()

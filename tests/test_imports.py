@@ -44,6 +44,7 @@ LEVELS = tuple(
     refusals importance
     prepare
     progress history standalone check inspect_pool
+    report.routes
     session warm export.mergekit export.record report.results report.status
     run export.card export.push report.archive report.compare report.front report.pool_page
     export.hf report.page

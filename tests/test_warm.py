@@ -159,3 +159,24 @@ def test_a_recipe_file_of_another_pool_is_refused(experiment_with: With, tmp_pat
     with pytest.raises(UserError, match=r"search\.warm_start, recipe 1.*'three'"):
         run(experiment_with(**{"search.warm_start": [str(file)]}), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_route_under_other_names(
+    experiment_with: With, small_experiment: Path, finished_run: Path, tmp_path: Path
+) -> None:
+    """Hops and ends of a recipe follow the models to their names in the new pool; merged stays merged."""
+    hops = [{"from": n, "layer": i} for n, i in (("one", 0), ("merged", 1), ("base", 1), ("two", 1))]
+    rule = {"method": "linear", "sources": {"one": {}, "two": {}}}
+    data = {"base": "base", "merge": [rule], "route": {"embed": "two", "hops": hops}}
+    manifest = History.read(finished_run).manifest
+    data["sources"] = {n: {"sha256": h} for n, h in manifest.hashes.items()}
+    file = tmp_path / "route.yaml"
+    file.write_text(json.dumps(data), encoding="utf-8")
+    models = load(small_experiment).models
+    renamed = experiment_with(**{"models.experts": {"uno": models.experts["one"], "due": models.experts["two"]}})
+
+    (given,) = given_by(file, renamed)
+
+    assert [h["from"] for h in given["route"]["hops"]] == ["uno", "merged", "base", "due"]
+    assert given["route"]["embed"] == "due"
+    assert set(given["sources"]) == {"base", "uno", "due"}

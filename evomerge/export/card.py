@@ -27,10 +27,13 @@ from evomerge.report.results import (
     spread,
     warnings_on,
 )
+from evomerge.report.routes import path_text
 
 CARD = "README.md"
 HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w.-]+))?", re.ASCII)
 CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)", re.ASCII)
+STRETCHES = 20
+"""Stretches of a route that the card writes out; the recipe below them has all."""
 SNAPSHOT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -278,6 +281,8 @@ def _recipe(recipe: Recipe) -> list[str]:
     form = "Blocks without a rule are the base's."
     if recipe.segments is not None:
         form = "Piecewise: from each cut to the next, counted in weights, a linear mix of the parents."
+    if recipe.route is not None:
+        form = f"A route of {len(recipe.route.hops)} hops: {md(path_text(recipe.route, STRETCHES))}. {form}"
     return [
         f"`{recipe.id}`, built in {recipe.dtype}. {form}",
         "",

@@ -10,7 +10,7 @@ from typing import TypeAlias
 from evomerge.architectures import MODULES
 from evomerge.manifest import Block, Manifest
 from evomerge.merge.methods import METHODS
-from evomerge.recipe import Match, Recipe, Rule
+from evomerge.recipe import MERGED, Match, Recipe, Rule
 from evomerge.report.figures import Figure, heat_map
 
 Rows: TypeAlias = list[list[float | None]]
@@ -46,7 +46,7 @@ def coefficient_maps(recipes: Mapping[int, Recipe], manifest: Manifest) -> list[
     """The maps of canonical recipes, a map for each coefficient that their methods have.
 
     Neighbouring blocks whose values agree in all recipes share a column. Of segments, which may be cut inside of a
-    block, each block has its mean weights.
+    block, each block has its mean weights. Of a route there are the blocks that it goes through as `merged`.
     """
     recipes = {i: by_block(r, manifest) for i, r in recipes.items()}
     sources = manifest.experts
@@ -55,12 +55,14 @@ def coefficient_maps(recipes: Mapping[int, Recipe], manifest: Manifest) -> list[
     methods = [METHODS[m] for m in dict.fromkeys(r.method for x in recipes.values() for r in x.blocks.values())]
     per_source = {n: sources for m in methods for n in m.per_source}
     rows = per_source | {n: (n,) for m in methods for n in m.per_block}
-    values = {
-        (n, i, b): _sources(x, b, n, sources) if n in per_source else _params(x, b, n)
-        for n in rows
-        for i, x in recipes.items()
-        for b in manifest.blocks
-    }
+    built = {i: merged_blocks(x, manifest) for i, x in recipes.items()}
+
+    def row(n: str, i: int, b: str) -> tuple[float | None, ...]:
+        if b not in built[i]:
+            return (None,) * len(rows[n])
+        return _sources(recipes[i], b, n, sources) if n in per_source else _params(recipes[i], b, n)
+
+    values = {(n, i, b): row(n, i, b) for n in rows for i in recipes for b in manifest.blocks}
     columns = _columns(manifest, lambda b: tuple(values[n, i, b] for n in rows for i in recipes))
     out = []
     for n, names in rows.items():
@@ -71,6 +73,17 @@ def coefficient_maps(recipes: Mapping[int, Recipe], manifest: Manifest) -> list[
                 by_candidate[i] = [list(row) for row in zip(*by_column, strict=True)]
         out.append(CoefficientMap(n, tuple(columns), names, by_candidate))
     return [m for m in out if m.values]
+
+
+def merged_blocks(recipe: Recipe, manifest: Manifest) -> set[str]:
+    """The blocks whose coefficients matter: all, or of a route those of its merged layers and of the model's ends.
+
+    None of a route through no merged layer, whose ends are told in words.
+    """
+    if recipe.route is None:
+        return set(manifest.blocks)
+    layers = {h.layer for h in recipe.route.hops if h.from_ == MERGED}
+    return {b.name for b in manifest.blocks.values() if b.layer is None or b.layer in layers} if layers else set()
 
 
 def by_block(recipe: Recipe, manifest: Manifest) -> Recipe:

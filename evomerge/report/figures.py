@@ -86,7 +86,7 @@ def intervals(marks: Sequence[Mark], title: str, style: Mapping[str, tuple[str, 
     return {
         "data": data,
         "layout": {
-            "height": round(pitch * group * len(tasks)) + 60 + 30 * _legend_rows(models) + 40,
+            "height": round(pitch * group * len(tasks)) + 60 + 30 * legend_rows(models) + 40,
             "xaxis": {"title": {"text": title}, "zeroline": zero, "zerolinewidth": 2},
             "yaxis": {
                 "tickvals": [i * group + middle for i in range(len(tasks))],
@@ -103,7 +103,8 @@ def intervals(marks: Sequence[Mark], title: str, style: Mapping[str, tuple[str, 
     }
 
 
-def _legend_rows(models: Sequence[str]) -> int:
+def legend_rows(models: Sequence[str]) -> int:
+    """Lines that a legend of these names takes on a page of the usual width."""
     return 1 + sum(len(clipped(m)) + 6 for m in models) // 110
 
 
@@ -522,7 +523,7 @@ def by_split(
     return {
         "data": data,
         "layout": {
-            "height": 350 + 20 * _legend_rows(list(models)),
+            "height": 350 + 20 * legend_rows(list(models)),
             "xaxis": {
                 "tickvals": list(range(len(splits))),
                 "ticktext": list(splits),

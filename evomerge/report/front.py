@@ -13,6 +13,7 @@ from evomerge.errors import UserError, nearest
 from evomerge.history import History
 from evomerge.pareto import Losses, hypervolume
 from evomerge.report.results import interval, spread
+from evomerge.report.routes import route_of
 from evomerge.tasks import Task
 
 
@@ -34,7 +35,15 @@ def front(history: History) -> dict[str, Any]:
             if (found := entry.scores(split)) is not None:
                 scores[split] = {t.name: _cell(t, found[t.name][t.report_metric]) for t in history.experiment.tasks}
         losses = dict(zip(history.goals, history.losses(entry, "select").tolist(), strict=True))
-        rows.append({"id": number, "winner": number == history.winner_id, "losses": losses, "scores": scores})
+        rows.append(
+            {
+                "id": number,
+                "winner": number == history.winner_id,
+                "losses": losses,
+                "scores": scores,
+                "route": route_of(history, number),
+            }
+        )
     return {"objectives": list(history.goals), "members": rows, "hypervolume": progress(history)[-1:]}
 
 
@@ -53,6 +62,8 @@ def front_text(data: Mapping[str, Any]) -> str:
         shown = m["scores"].get("report") or m["scores"].get("select") or {}
         cells = "  ".join(f"{t} {s['score']:.3f}{spread(s['low'], s['high'])}" for t, s in shown.items())
         lines.append(f"{m['id']:>6}{'*' if m['winner'] else ' '} losses: {losses}  |  {cells}")
+        if m["route"] is not None:
+            lines.append(f"{'':>7} route: {m['route']}")
     lines.append("* the winner: nearest to the ideal point; pick another with --prefer, --knee or --best ... --where")
     return "\n".join(lines)
 

@@ -124,17 +124,20 @@ def details(
     rows: Mapping[str, Sequence[Any]],
     commands: Sequence[str] = (),
     pictures: Sequence[tuple[Mapping[str, Any], Mapping[str, Sequence[float | None]]]] = (),
+    drawings: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> str:
     """A panel for one record at a time, opened by a click on a point of a `figure`.
 
     `rows` has the values of `fields` by key, and `{}` in a command stands for the key. A picture is a heat map
-    without its z, and by key its values row by row; records without values have no picture.
+    without its z, and by key its values row by row; records without values have no picture. `drawings` are whole
+    figures by key, which come first.
     """
     data = {
         "fields": fields,
         "rows": rows,
         "commands": commands,
         "pictures": [{"figure": _shown(fig), "values": values} for fig, values in pictures],
+        "drawings": {key: _shown(fig) for key, fig in (drawings or {}).items()},
     }
     hint = "Click a point to see that candidate here."
     return f'<div class="details" data-name="{html.escape(name)}"><p class="note">{hint}</p>{_data(data)}</div>'

@@ -95,6 +95,9 @@
         row.appendChild(element("td", String(value)));
       });
       panel.append(scroll);
+      if (Object.hasOwn(data.drawings, key)) {
+        draw(panel.appendChild(element("div", undefined, "figure")), data.drawings[key]);
+      }
       for (const { figure, values } of data.pictures) {
         if (!Object.hasOwn(values, key)) continue;
         const flat = values[key];

@@ -23,14 +23,16 @@ from evomerge.config import AdaptiveItems, fitness_of
 from evomerge.errors import UserError
 from evomerge.files import replace_file
 from evomerge.history import Entry, History
+from evomerge.manifest import Manifest
 from evomerge.pareto import Losses
 from evomerge.proposal import Scores
 from evomerge.recipe import Recipe
 from evomerge.report import figures, html
 from evomerge.report.archive import Elite, archive, cells_of, elites, growth, has_archive
-from evomerge.report.coefficients import by_block, coefficient_maps
+from evomerge.report.coefficients import by_block, coefficient_maps, merged_blocks
 from evomerge.report.front import front, progress
 from evomerge.report.results import MEAN, Comparison, Results, Score, cells, comparable, p_text, results, spread
+from evomerge.report.routes import route_figure, route_of, route_text
 from evomerge.report.status import candidate, candidate_text, sampled_text, status_of
 from evomerge.rundir import EXPERIMENT, TELEMETRY, read_telemetry
 from evomerge.search.archive import Grid
@@ -42,6 +44,7 @@ MAX_POINTS = 4000
 MAX_SCORES = 100_000
 """Scores in the details of candidates: with many tasks fewer candidates are shown."""
 MAX_COEFFICIENTS = 120_000
+MAX_HOPS = 20_000
 MAX_RECIPES = 400
 MAX_ANCESTORS = 300
 MAX_TEXT = 200_000
@@ -53,6 +56,8 @@ MAX_ELITES = 200
 RASTER = 100
 """Points along each side of the picture of a Voronoi archive."""
 HOVERED_TASKS = 6
+MAX_WORDS = 400
+"""Characters of a route in a table."""
 
 
 def write_page(history: History, target: Path | None = None) -> Path:
@@ -79,6 +84,7 @@ def run_page(history: History) -> str:
         *([html.section("Front", *_front(history, losses["select"]))] if len(history.goals) > 1 else []),
         *([html.section("Archive", *_archive(history))] if has_archive(history) else []),
         html.section("Progress", *_progress(history, losses["search"], losses["select"], chosen)),
+        *([html.section("Route", *route)] if (route := _route(history, chosen)) else []),
         html.section("Coefficients", *_coefficients(history, chosen)),
         html.section("Search, select, report", *_by_split(history)),
         html.section("Items", *_items(history, state)),
@@ -99,7 +105,7 @@ def run_page(history: History) -> str:
 
 
 def _opening(history: History, r: Results, state: Mapping[str, Any]) -> list[str]:
-    experiment, manifest = history.experiment, history.manifest
+    experiment = history.experiment
     parts = [html.lead(verdict(history, r, state))]
     if experiment.description:
         parts.append(html.text(experiment.description))
@@ -108,7 +114,7 @@ def _opening(history: History, r: Results, state: Mapping[str, Any]) -> list[str
     budget = ", ".join(f"{v:,} {k.replace('_', ' ')}" for k, v in state["budget"].items())
     tasks = [f"{t.name} ({t.metric})" for t in experiment.tasks]
     rows = [
-        ("models", f"{manifest.base} and {_listed(manifest.experts)}; {manifest.parameters:,} parameters each"),
+        ("models", _models(history.manifest)),
         ("search space", _space(history)),
         ("search", f"{', '.join(algorithms)}, seed {experiment.search.seed}, budget {budget}"),
         ("tasks", f"{_listed(tasks)}; the metric that the search optimises in brackets"),
@@ -203,6 +209,14 @@ def _cautions(history: History, state: Mapping[str, Any]) -> list[str]:
 def _listed(names: Sequence[str], most: int = 12) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+def _models(manifest: Manifest) -> str:
+    """Base and experts, and the sources of another depth, which only routes go through."""
+    names = " and ".join(x for x in (manifest.base, _listed(manifest.experts)) if x)
+    others = [f"{n} of {manifest.layers[n]} layers" for n in sorted(manifest.layouts)]
+    deeper = f"; for routes also {_listed(others)}" if others else ""
+    return f"{names}; {manifest.parameters:,} parameters each{deeper}"
 
 
 def _space(history: History) -> str:
@@ -349,6 +363,10 @@ def _members(history: History) -> list[str]:
         name = f"{m['id']} {entry.name}".strip() + (", the winner" if m["winner"] else "")
         rows.append([name, *(_number(x) for x in m["losses"].values()), *cell])
     titles = [f"loss of {g}" for g in data["objectives"]]
+    routes = [m["route"] for m in data["members"]]
+    if any(routes):
+        tasks.append("route")
+        rows = [[*row, figures.clipped(route or "", MAX_WORDS)] for row, route in zip(rows, routes, strict=True)]
     return [
         html.subheading("Members of the front"),
         html.table(["candidate", *titles, *tasks], rows),
@@ -563,13 +581,28 @@ def _details(
             *means,
         ]
     commands = [f"evomerge show {_at(history)} {{}}", f"evomerge export {_at(history)} {{}} --to candidate-{{}}"]
-    maps = coefficient_maps(_recipes(history, _first(shown, losses, chosen)), history.manifest)
+    recipes = _recipes(history, _first(shown, losses, chosen))
+    maps = coefficient_maps(recipes, history.manifest)
     pictures = [
         (m.figure(), {str(i): [_short(x) for row in z for x in row] for i, z in m.values.items()})
         for m in maps
         if m.constant is None
     ]
-    return html.details("candidates", fields, rows, commands, pictures)
+    return html.details("candidates", fields, rows, commands, pictures, _routes(recipes, history.manifest))
+
+
+def _routes(recipes: Mapping[int, Recipe], manifest: Manifest) -> dict[str, figures.Figure]:
+    """Pictures of the first routes by number, as many as there is room for their hops."""
+    out: dict[str, figures.Figure] = {}
+    room = MAX_HOPS
+    for i, recipe in recipes.items():
+        if recipe.route is None:
+            continue
+        room -= 30 + len(recipe.route.hops)  # a figure without hops takes the room of some thirty
+        if room < 0:
+            break
+        out[str(i)] = route_figure(recipe, manifest)
+    return out
 
 
 def _recipes(history: History, wanted: Sequence[Entry]) -> dict[int, Recipe]:
@@ -601,6 +634,27 @@ def _short(x: float | None) -> float | None:
     return None if x is None else float(f"{x:.3g}")
 
 
+# -- route ----------------------------------------------------------------------------------------------------
+
+
+def _route(history: History, chosen: int | None) -> list[str]:
+    """The chosen candidate's path through layers; nothing where it has none."""
+    if chosen is None or route_of(history, chosen) is None:
+        return []
+    recipe = history.recipe(chosen)
+    note = (
+        f"{_who(history, chosen)}: which layer of which source its tokens go through at every hop. The dotted line is "
+        "a model as it is, layer by layer; a ring marks a layer that the path has gone through before, a faint mark "
+        "one that it passes by. A scale multiplies what enters a hop; gains multiply what the hop's attention and mlp "
+        "add. Hovering shows what both amount to in effect, which is also what an export has in its weights."
+    )
+    return [
+        html.note(note),
+        html.figure(route_figure(recipe, history.manifest)),
+        html.text(f"{route_text(recipe, history.manifest)}."),
+    ]
+
+
 # -- coefficients ---------------------------------------------------------------------------------------------
 
 
@@ -611,6 +665,8 @@ def _coefficients(history: History, chosen: int | None) -> list[str]:
         recipe = history.recipe(chosen)
     except UserError as e:
         return [html.warning(str(e))]
+    if not merged_blocks(recipe, history.manifest):
+        return [html.text(f"The route of candidate {chosen} goes through no merged layer: it has no coefficients.")]
     if recipe.segments is None and not recipe.blocks:
         return [html.text(f"Candidate {chosen} is the base: it has no coefficients.")]
     if recipe.segments is not None:
@@ -623,6 +679,8 @@ def _coefficients(history: History, chosen: int | None) -> list[str]:
             "column; a gap means that the block has no such coefficient."
         )
     ]
+    if recipe.route is not None:
+        parts.append(html.note("Of the layers, there are those that its route goes through as 'merged'."))
     maps = coefficient_maps({chosen: recipe}, history.manifest)
     parts += [html.figure(m.figure(chosen)) for m in maps if m.constant is None]
     return parts + [html.text(f"{m.name} is {m.constant:g} everywhere.") for m in maps if m.constant is not None]

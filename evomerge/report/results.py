@@ -18,6 +18,7 @@ from scipy import stats
 
 from evomerge.history import History
 from evomerge.proposal import Scores
+from evomerge.report.routes import route_of
 
 LEVEL = 0.95
 MEAN = "mean"
@@ -228,6 +229,8 @@ def text_table(history: History, split: str = "report") -> str:
             f"winner is candidate {r.winner}: mean {o['search']:.3f} on search, {o['select']:.3f} on select, "
             f"{o['report']:.3f} on report (optimism {o['search'] - o['report']:+.3f})",
         ]
+    if r.winner is not None and (route := route_of(history, r.winner)) is not None:
+        lines += ["", f"the winner's route: {route}"]
     if history.generations:
         used, full = history.evaluated["search"], history.in_full
         lines.append(

@@ -10,9 +10,12 @@ import numpy as np
 
 from evomerge.history import History
 from evomerge.pareto import fronts, order
+from evomerge.report.routes import route_of, route_text
 from evomerge.rundir import TELEMETRY, read_telemetry
 from evomerge.yamlio import dump_yaml
 
+STRETCHES = 12
+"""Stretches of a route that the status writes out."""
 SLOW = 2.0
 """A worker whose median evaluation takes this many times the fastest worker's is warned about."""
 
@@ -34,6 +37,7 @@ def status_of(h: History) -> dict[str, Any]:
     losses = {i: x for i, x in losses.items() if np.isfinite(x).all()}
     best = list(losses)[int(order(np.array(list(losses.values())))[0])] if losses else None
     lines = [t for t in read_telemetry(h.path / TELEMETRY) if "proposal" in t]
+    chosen = h.winner_id if h.winner_id is not None else best if len(h.goals) == 1 else None
     phase = "finished" if h.stopped else "final" if h.final else "searching" if searched else "baselines"
     return {
         "name": h.experiment.name,
@@ -48,6 +52,7 @@ def status_of(h: History) -> dict[str, Any]:
         "best_loss": None if best is None or len(h.goals) > 1 else float(losses[best][0]),
         "front": None if len(h.goals) == 1 else int(sum(fronts(np.array(list(losses.values()))) == 0)) if losses else 0,
         "winner": h.winner_id,
+        "route": None if chosen is None else route_of(h, chosen, STRETCHES),
         "run_seconds": lines[-1]["run_seconds"] if lines else 0.0,
         "seconds_left": _left(h, len(searched), lines),
         "seconds_per_candidate": (
@@ -142,6 +147,8 @@ def status_text(s: dict[str, Any]) -> str:
         lines.append(f"best on search: candidate {s['best']}, loss {s['best_loss']:.4f}")
     if s["winner"] is not None:
         lines.append(f"winner: candidate {s['winner']}")
+    if s["route"] is not None:
+        lines.append(f"its route: {s['route']}")
     if s["failures"]:
         lines.append("failures: " + ", ".join(f"{k} {n}" for k, n in s["failures"].items()))
     if s["seconds_per_candidate"] is not None:
@@ -185,6 +192,7 @@ def candidate(history: History, number: int) -> dict[str, Any]:
         "group": entry.group,
         "winner": number == history.winner_id,
         "recipe_id": recipe.id,
+        "route": None if recipe.route is None else route_text(recipe, history.manifest),
         "recipe": recipe.to_json(),
         "splits": splits,
     }
@@ -202,6 +210,8 @@ def candidate_text(history: History, data: dict[str, Any]) -> str:
         losses = "  ".join(f"{g} {x:.4f}" for g, x in s["losses"].items() if x is not None)
         prefix = "" if len(history.goals) == 1 else "losses: "
         lines.append(f"# {split:<7} {prefix}{losses}  {means}")
+    if data["route"] is not None:
+        lines.append(f"# route of {data['route']}")
     recipe = history.recipe(data["id"]).grouped().to_json()
     paths = history.source_paths()
     recipe["sources"] = {n: {**s, "path": str(paths[n])} for n, s in recipe.get("sources", {}).items()}

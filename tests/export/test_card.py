@@ -208,3 +208,11 @@ def test_strangers_text_is_only_text(recipe: Recipe) -> None:
 def test_md(text: str, expected: str) -> None:
     """One line, bounded, printable, without markup."""
     assert md(text) == expected
+
+
+def test_a_route_is_told(manifest_of: Any) -> None:
+    """The path in words, and that of a merge says nothing of routes."""
+    hops = [{"from": "base", "layer": 1, "scale": 0.9}, *({"from": "math", "layer": n} for n in range(2))]
+    routed = Recipe.model_validate({"base": "base", "route": {"hops": hops}}).canonical(manifest_of())
+
+    assert "A route of 3 hops: base 1 (x0.9 in), math 0-1. Blocks" in model_card(routed, [parent("base")])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -116,3 +117,40 @@ def front_run(small_experiment: Path, tmp_path_factory: pytest.TempPathFactory) 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Prepared, "evaluator", lambda _: partial(FakeEvaluator, metrics=("accuracy", "cross_entropy")))
         return run(load(small_experiment, overrides), tmp_path_factory.mktemp("front") / "run")
+
+
+AROUND = {
+    "base": "base",
+    "route": {
+        "hops": [{"from": "base", "layer": 0}, {"from": "two", "layer": 0, "scale": 0.9}, {"from": "two", "layer": 1}]
+    },
+}
+THROUGH = {
+    "base": "base",
+    "merge": [{"method": "task_arithmetic", "sources": {"one": {"weight": 0.5}}}],
+    "route": {
+        "hops": [
+            {"from": "one", "layer": 0},
+            {"from": "merged", "layer": 1, "attn_gain": 0.8},
+            {"from": "merged", "layer": 1},
+        ]
+    },
+}
+
+
+@pytest.fixture(scope="session")
+def routed_run(small_experiment: Path, tmp_path_factory: pytest.TempPathFactory) -> History:
+    """The small experiment for two objectives, with two given routes as the finalists that its front has."""
+    overrides = {
+        "search": {"algorithm": "random", "budget": {"evaluations": 2}, "finalists": 2},
+        "search.warm_start": [AROUND, THROUGH],
+        "fitness.objectives": [{"name": "first", "tasks": ["sums"]}, {"name": "second", "tasks": ["words"]}],
+    }
+    history = run(load(small_experiment, overrides), tmp_path_factory.mktemp("routed") / "run")
+    around, through = (e.id for e in history.entries.values() if e.role == "given")
+    entries = dict(history.entries)
+    scored = next(e for e in entries.values() if "report" in e.results)
+    for i in (around, through):
+        entries[i] = replace(entries[i], results={**scored.results, **entries[i].results})
+    final = {**(history.final or {}), "winner": through, "front": [around, through]}
+    return replace(history, entries=entries, final=final)

@@ -229,6 +229,38 @@ def test_several_objectives(browser: Browser, front_run: History, tmp_path: Path
     assert browser.complaints() == []
 
 
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_routes(browser: Browser, routed_run: History, tmp_path: Path, theme: str) -> None:
+    """The winner's route is drawn with all its marks; opening another member of the front draws that one's."""
+    browser.driver.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": theme}]}
+    )
+    drawn = checked(browser, write_page(routed_run, tmp_path / "route.html"))
+    route = next(d for d in drawn if d["title"] == "Route")
+    # 3 hops and a ring on the repeated one; the path and the dotted line; the picture of the factors.
+    assert (route["marks"], route["lines"], route["cells"]) == (4, 2, 1)
+    text = browser.js(
+        "const f = [...document.querySelectorAll('.figure')].find((d) => d.data.some((t) => t.name === 'factors'));"
+        "Plotly.Fx.hover(f, [{curveNumber: 2, pointNumber: 1}]); return f.querySelector('.hoverlayer').textContent"
+    )
+    assert "hop 3: merged, layer 1, time 2" in text
+    assert "in effect: attention times 1, mlp times 1" in text
+
+    other = next(i for i in routed_run.front if i != routed_run.winner_id)
+    browser.js(  # another mark may lie above the point
+        "document.querySelector('.figure[data-details=candidates]').emit('plotly_click', "
+        "{points: [{customdata: [arguments[0]]}]})",
+        other,
+    )
+    panel = browser.until(
+        "return document.querySelector('.details h3') && document.querySelector('.details').innerText"
+    )
+    assert panel.startswith(f"Candidate {other}\n")
+    assert browser.js("return document.querySelectorAll('.details .scatterlayer .point').length") == 3
+    assert browser.js("return document.querySelector('.details .figure').data[1].y") == [0, 0, 1]
+    assert browser.complaints() == []
+
+
 def test_an_archive(browser: Browser, small_experiment: Path, tmp_path: Path) -> None:
     """A cell of the archive's picture opens its candidate, with the command that exports it, where a reader sees it."""
     measures = [

@@ -18,6 +18,7 @@ from evomerge.report.coefficients import coefficient_maps
 from evomerge.report.front import progress as front_progress
 from evomerge.report.page import MAX_POINTS, run_page, verdict, write_page
 from evomerge.report.results import Comparison, Results, Score, results
+from evomerge.report.routes import route_figure, route_of
 from evomerge.report.status import status_of
 
 HOSTILE = "</script><img src=x onerror=alert(1)>\"'<b>"
@@ -369,3 +370,45 @@ def test_several_objectives(front_run: History) -> None:
     said = verdict(front_run, results(front_run, "report"), status_of(front_run))
     assert said.startswith(f"The front on the select split has {len(members)} members")
     assert f"candidate {front_run.winner_id}, which the tables call the winner" in said
+
+
+def test_the_page_of_a_route(routed_run: History) -> None:
+    """Picture and words of the winner's route, its merged part as coefficients, and every route in the details."""
+    around, through = (e.id for e in routed_run.entries.values() if e.role == "given")
+    words = {i: route_of(routed_run, i) or "" for i in (around, through)}
+    page = Page(run_page(routed_run))
+    picture = page.axis("depth in the routed model")
+    (panel,) = page.details
+
+    assert picture == json.loads(json.dumps(route_figure(routed_run.recipe(through), routed_run.manifest)))
+    assert f"{words[through]}." in page.text
+    assert "those that its route goes through as 'merged'" in page.text
+    assert all(w in page.text for w in words.values())
+    assert set(panel["drawings"]) == {str(around), str(through)}
+    assert panel["drawings"][str(through)] == picture
+    maps = [p["values"] for p in panel["pictures"]]
+    assert any(str(through) in values for values in maps)
+    assert not any(str(around) in values for values in maps)
+
+    other = Page(run_page(replace(routed_run, final={**(routed_run.final or {}), "winner": around})))
+    assert "goes through no merged layer: it has no coefficients" in other.text
+    assert other.axis("depth in the routed model")["data"][1]["y"] == [0, 0, 1]
+
+
+def test_pages_without_routes_have_no_section_for_them(page: Page) -> None:
+    assert "Route" not in page.text
+    assert page.details[0]["drawings"] == {}
+
+
+def test_sources_of_another_depth_are_named(made_history: Any, manifest_of: Any) -> None:
+    """Models that only routes go through stand beside those that are merged, with their depth."""
+    history = made_history()
+    manifest = replace(
+        history.manifest,
+        layers={**history.manifest.layers, "deep": 4},
+        hashes={**history.manifest.hashes, "deep": "f" * 64},
+        layouts={"deep": manifest_of(4).tensors},
+    )
+
+    assert "base and code, math;" in Page(run_page(history)).text
+    assert "for routes also deep of 4 layers" in Page(run_page(replace(history, manifest=manifest))).text

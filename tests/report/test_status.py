@@ -68,6 +68,7 @@ def test_failures_are_counted_by_kind() -> None:
         "best": 3,
         "best_loss": 0.5,
         "winner": None,
+        "route": None,
         "run_seconds": 61.0,
         "seconds_per_candidate": 0.25,
         "peak_mb": 300.0,
