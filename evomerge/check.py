@@ -9,10 +9,12 @@ from typing import Any
 
 from evomerge.config import Experiment
 from evomerge.licences import licence_of, remarks
+from evomerge.manifest import Manifest
 from evomerge.merge.methods import BANDS, METHODS, Method
 from evomerge.pool import TORCH_DTYPES
 from evomerge.prepare import Prepared, allowance_of, prepare
 from evomerge.search import needs_of
+from evomerge.space import SearchSpace
 from evomerge.tasks.base import NOTHING, Allowed
 
 
@@ -52,7 +54,8 @@ def check(experiment: Experiment, allow: Allowed = NOTHING) -> Check:
     allowance = allowance_of(experiment.search.budget, prepared.experiment, items["search"])
     tokens = sum(p.tokens(p.splits["search"]) for p in prepared.plans.values())
     least = sum(p.least_tokens(p.splits["search"]) for p in prepared.plans.values())
-    per_token = 2.0 * prepared.manifest.parameters
+    per_token = 2.0 * max(_parameters(s, prepared.manifest, -1) for s in prepared.spaces)
+    least_per_token = 2.0 * min(_parameters(s, prepared.manifest, 0) for s in prepared.spaces)
     uncounted = [
         f"task {t.name!r}: what it computes is not known and not counted"
         for t in experiment.benchmarks
@@ -70,7 +73,7 @@ def check(experiment: Experiment, allow: Allowed = NOTHING) -> Check:
         if any(needs_of(a).scope == "incumbents" for a in algorithms):
             sampled.append("who survives a generation is scored on the next one's items too, which counts")
     elif prepared.device == "cpu" and total is not None:
-        seconds = total * per_token * least / _cpu_flops(experiment.workers.threads) / experiment.workers.count
+        seconds = total * least_per_token * least / _cpu_flops(experiment.workers.threads) / experiment.workers.count
     return Check(
         name=experiment.name,
         experiment_id=prepared.experiment_id,
@@ -102,6 +105,13 @@ def _described(prepared: Prepared, n: int) -> dict[str, Any]:
     return {"algorithm": algorithm, "proposes": needs_of(algorithm).proposes, **prepared.spaces[n].describe()}
 
 
+def _parameters(space: SearchSpace, m: Manifest, end: int) -> int:
+    """Weights that a token meets in the smallest (`end` 0) or largest (-1) model of a space: its path may be longer."""
+    hops: int = space.describe().get("route", {}).get("hops", [m.layers[m.base]])[end]
+    layer = sum(t.size for b in m.blocks.values() if b.layer == 0 for t in b.tensors)
+    return m.parameters + (hops - m.layers[m.base]) * layer
+
+
 def _memory(prepared: Prepared) -> int:
     """Resident weights of one worker: the bank as stored, the buffer, and where needed sorted magnitudes and singular
     vectors (of those the most that they may be)."""
@@ -116,7 +126,7 @@ def _memory(prepared: Prepared) -> int:
         kept = 1 - 1 / len(BANDS)
         sides = [min(t.shape) for t in m.tensors if t.matrix]
         sketches += sum(side * math.ceil(kept * side) for side in sides)
-    return m.elements * size * (len(m.hashes) + 1) + 4 * len(m.experts) * sketches
+    return (m.elements + sum(map(m.elements_of, m.hashes))) * size + 4 * len(m.experts) * sketches
 
 
 def _cpu_flops(threads: int) -> float:
@@ -140,6 +150,15 @@ def _range(name: str, bounds: list[Any]) -> str:
     return f"{name} in [{bounds[0]:g}, {bounds[1]:g}]"
 
 
+def _route(r: dict[str, Any]) -> str:
+    models = ", ".join(f"{name} ({layers} layers)" for name, layers in r["models"].items())
+    what = {"indicator": "slots", "slices": "slices at most"}.get(r["encoding"], "layers")
+    scales = {"slots": "a scale each", "pairs": "a scale for each pair of layers", "none": "no scales"}[r["scales"]]
+    low, high = r["hops"]
+    hops = f"{low}" if low == high else f"{low} to {high}"
+    return f"{r['encoding']} of {models}: {r['slots']} {what}, {scales}, {hops} hops"
+
+
 def text(c: Check) -> str:
     """For people."""
     lines = [
@@ -151,7 +170,10 @@ def text(c: Check) -> str:
         if s["proposes"] == "recipes":
             lines.append(f"stage {n}  no axes: {s['algorithm']} mixes the models itself")
             continue
-        lines.append(f"stage {n}  {s['axes']} axes, {s['method']} over {s['groups']} groups of blocks")
+        over = f"{s['method']} over {s['groups']} groups of blocks" if s["groups"] else s["method"]
+        lines.append(f"stage {n}  {s['axes']} axes, {over}")
+        if "route" in s:
+            lines.append(f"         {_route(s['route'])}")
         searched = ", ".join(_range(c, bounds) for c, bounds in s["bounds"].items())
         fixed = ", ".join(f"{c} {v}" if isinstance(v, str | bool) else f"{c} {v:g}" for c, v in s["fixed"].items())
         lines.append(f"         searched: {searched}" + (f"; fixed: {fixed}" if fixed else ""))
