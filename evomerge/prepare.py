@@ -414,9 +414,11 @@ def bind_spaces(experiment: Experiment, manifest: Manifest, dtype: Any) -> tuple
                 found = coarse.decode(point, manifest)
                 fine.around(found).encode(found, manifest)
             except ValueError as e:
+                mend = "give it the same method and bounds at least as wide"
+                if isinstance(fine, RouteSpace):
+                    mend = "name `merged` under route.models, the first of all"
                 raise UserError(
-                    f"search_space: stage {n + 1} cannot start from all that stage {n} may find ({e}); "
-                    "give it the same method and bounds at least as wide"
+                    f"search_space: stage {n + 1} cannot start from all that stage {n} may find ({e}); {mend}"
                 ) from None
     return tuple(spaces)
 

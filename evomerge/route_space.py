@@ -147,8 +147,10 @@ class RouteSpace:
         other model between the ends."""
         merges = [{}] if self._rules is None else [decoded(self._rules.axes, g) for g in self._rules.probes()]
         out = [self._genome(values) for values in merges]
-        for model, layers in list(self.models.items())[1:]:
-            path = [Place(frozenset([model]), i) for i in range(layers)]
+        (first, depth), *others = self.models.items()
+        for model, layers in others:
+            between = [(model, i) for i in range(layers)]
+            path = [Place(frozenset([n]), i) for n, i in ((first, 0), *between, (first, depth - 1))]
             if (values := next(self._encoding.values(path), None)) is not None:
                 out.append(self._genome(values))
         return out

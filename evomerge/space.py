@@ -260,6 +260,9 @@ class SpaceSpec(_Part):
             return self._swaps()
         if self.route is not None:
             _check_route_axes(self.route, self.axes)
+            known = {*ROUTE_AXES, *(c for method in METHODS.values() for c in method.coefficients)}
+            if unknown := [n for n in self.axes if n not in known]:
+                raise ValueError(f"unknown axis {unknown[0]!r}{nearest(unknown[0], known)}")
             beside = self.model_fields_set & {"method", "groups", "params", "experts"}
             if beside and self.merges is None:
                 raise ValueError(
