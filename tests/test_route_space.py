@@ -451,7 +451,7 @@ def paths_of(history: Any) -> list[list[tuple[str, int]]]:
         ({"route": {"encoding": "indicator"}}, {"algorithm": "cma-es", "population": 4}),
         ({"route": {"encoding": "slices", "slices": 2}}, {"algorithm": "tpe", "startup": 4}),
         ({"route": {"encoding": "indicator", "models": ["merged", "deep"]}, "axes": WEIGHT}, {"algorithm": "ga"}),
-        ({"route": {"encoding": "repeats"}}, {"algorithm": "nsga-ii", "population": 4}),
+        ({"route": {"encoding": "repeats", "models": ["deep"]}}, {"algorithm": "nsga-ii", "population": 6}),
     ],
 )
 def test_a_search_over_paths(space: Data, search: Data, depths: Callable[..., Any], tmp_path: Path) -> None:
@@ -462,10 +462,14 @@ def test_a_search_over_paths(space: Data, search: Data, depths: Callable[..., An
         depths(space, search=settings, **(goals if search["algorithm"] == "nsga-ii" else {})), tmp_path / "run"
     )
 
-    print([(e.genome) for e in history.entries.values()])
     routes = paths_of(history)
     assert routes
-    assert all((p[0][1], p[-1][1]) == (0, 1) for p in routes)
+    space_of_run = history.spaces[0]
+    assert isinstance(space_of_run, RouteSpace)
+    first, layers = next(iter(space_of_run.models.items()))
+    assert {(p[0][1], p[-1][1]) for p in routes} == {(0, layers - 1)}
+    assert {p[i][0] for p in routes for i in (0, -1)} <= {first, "base"}  # a layer of `merged` without rules
+    assert max(map(len, routes)) <= space_of_run.max_hops
     assert all(e.scores("search") is not None for e in history.entries.values())
     assert "deep" in history.baselines
     assert history.final is not None
