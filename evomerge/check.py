@@ -14,6 +14,7 @@ from evomerge.merge.methods import BANDS, METHODS, Method
 from evomerge.pool import TORCH_DTYPES
 from evomerge.prepare import Prepared, allowance_of, prepare
 from evomerge.search import needs_of
+from evomerge.space import SearchSpace
 from evomerge.tasks.base import NOTHING, Allowed
 
 
@@ -112,7 +113,8 @@ def _hops(prepared: Prepared, n: int) -> tuple[int, int]:
         bounds = options.bounds(prepared.manifest)
         return bounds.least, bounds.most
     layers = prepared.manifest.layers[prepared.manifest.base]
-    return layers, layers
+    least, most = prepared.spaces[n].describe().get("route", {}).get("hops", (layers, layers))
+    return least, most
 
 
 def _parameters(m: Manifest, hops: int) -> int:
@@ -159,6 +161,15 @@ def _range(name: str, bounds: list[Any]) -> str:
     return f"{name} in [{bounds[0]:g}, {bounds[1]:g}]"
 
 
+def _route(r: dict[str, Any]) -> str:
+    models = ", ".join(f"{name} ({layers} layers)" for name, layers in r["models"].items())
+    what = {"indicator": "slots", "slices": "slices at most"}.get(r["encoding"], "layers")
+    scales = {"slots": "a scale each", "pairs": "a scale for each pair of layers", "none": "no scales"}[r["scales"]]
+    low, high = r["hops"]
+    hops = f"{low}" if low == high else f"{low} to {high}"
+    return f"{r['encoding']} of {models}: {r['slots']} {what}, {scales}, {hops} hops"
+
+
 def text(c: Check) -> str:
     """For people."""
     lines = [
@@ -170,7 +181,10 @@ def text(c: Check) -> str:
         if s["proposes"] == "recipes":
             lines.append(f"stage {n}  no axes: {s['algorithm']} mixes the models itself")
             continue
-        lines.append(f"stage {n}  {s['axes']} axes, {s['method']} over {s['groups']} groups of blocks")
+        over = f"{s['method']} over {s['groups']} groups of blocks" if s["groups"] else s["method"]
+        lines.append(f"stage {n}  {s['axes']} axes, {over}")
+        if "route" in s:
+            lines.append(f"         {_route(s['route'])}")
         searched = ", ".join(_range(c, bounds) for c, bounds in s["bounds"].items())
         fixed = ", ".join(f"{c} {v}" if isinstance(v, str | bool) else f"{c} {v:g}" for c, v in s["fixed"].items())
         lines.append(f"         searched: {searched}" + (f"; fixed: {fixed}" if fixed else ""))

@@ -17,7 +17,7 @@ from evomerge.manifest import Manifest
 from evomerge.merge.methods import METHODS, Method
 from evomerge.proposal import Genome, frozen_genome
 from evomerge.recipe import Dtype, Recipe, Rule
-from evomerge.space import SWAP_AXES, Axis, LayerSwap, SpaceSpec, decoded
+from evomerge.space import SWAP_AXES, Axis, LayerSwap, SearchSpace, SpaceSpec, decoded
 
 ENDS = ("outer", "inner", "base")
 SHARES = {"bottom": 4, "top": 8, "transition": 16}
@@ -144,8 +144,8 @@ class LayerSwapSpace:
                         return g
         raise ValueError("this space cannot express the recipe: no swap of layers gives it")
 
-    def around(self, r: Recipe) -> LayerSwapSpace:
-        """Itself: it has no routes."""
+    def around(self, r: Recipe) -> SearchSpace:
+        """Itself: layers are swapped between the pool's models."""
         return self
 
     def describe(self) -> dict[str, Any]:

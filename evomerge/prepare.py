@@ -21,7 +21,7 @@ from evomerge.items import make_policy, samples
 from evomerge.layer_swap import LayerSwapSpace
 from evomerge.manifest import Manifest
 from evomerge.proposal import ItemSet
-from evomerge.recipe import Match, Recipe, Rule
+from evomerge.recipe import Hop, Match, Recipe, Route, Rule
 from evomerge.refusals import (
     at_stage,
     check_algorithms,
@@ -29,10 +29,12 @@ from evomerge.refusals import (
     check_designs,
     check_gradients,
     check_populations,
+    check_routes,
     check_tasks_for_gradients,
     check_units,
     remarks_on,
 )
+from evomerge.route_space import RouteSpace
 from evomerge.schema import validated
 from evomerge.score.plan import Plan, PlanShape, Target, item_sets
 from evomerge.search import ALGORITHMS, needs_of, settings_of
@@ -97,7 +99,7 @@ class Prepared:
         return evaluator_of(self.experiment, self.manifest, self.dtype, self.plans, self.device)
 
     def baselines(self) -> dict[str, Recipe]:
-        """Name -> canonical recipe: the base, each expert alone, all experts in equal parts."""
+        """Name -> canonical recipe: the base, each expert alone, all experts that can be merged in equal parts."""
         return baselines(self.manifest, self.dtype)
 
     def geometry(self) -> Geometry:
@@ -134,7 +136,14 @@ def baselines(manifest: Manifest, dtype: str) -> dict[str, Recipe]:
         recipe = Recipe.model_validate({"base": manifest.base, "dtype": dtype, "merge": [rule] if experts else []})
         return recipe.canonical(manifest)
 
-    out = {manifest.base: equal_parts(()), **{e: equal_parts((e,)) for e in manifest.experts}}
+    def all_layers(source: str) -> Recipe:
+        hops = tuple(Hop(from_=source, layer=i) for i in range(manifest.layers[source]))
+        route = Route(embed=source, final_norm=source, head=source, hops=hops)
+        return Recipe.model_validate({"base": manifest.base, "dtype": dtype, "route": route}).canonical(manifest)
+
+    # Models of another depth cannot be merged, but a path goes through all their layers.
+    out = {manifest.base: equal_parts(()), **{n: all_layers(n) for n in sorted(manifest.layouts)}}
+    out |= {e: equal_parts((e,)) for e in manifest.experts}
     if len(manifest.experts) > 1:
         out["uniform"] = equal_parts(manifest.experts)
     return out
@@ -239,6 +248,7 @@ def prepare(
     check_algorithms(experiment)  # what auto picked
     picked = [*picked, *check_gradients(experiment, spaces)]
     check_axes(experiment, spaces)
+    check_routes(experiment, spaces)
     if began_with is None:
         picked = [*picked, *check_populations(experiment, spaces, allowance), *remarks_on(experiment, items)]
         check_designs(experiment, spaces, manifest.experts, allowance)
@@ -254,7 +264,8 @@ def check_depths(experiment: Experiment, pool: Any) -> None:
     from evomerge.merge.route import check_routable
 
     named = [experiment.algorithm_of(s)[0] for s in experiment.stages if not experiment.is_auto(s)]
-    if any(needs_of(a).routes for a in named):
+    spaces = [s.space for s in experiment.stages if isinstance(s.space, SpaceSpec)]
+    if any(needs_of(a).routes for a in named) or any(s.route is not None for s in spaces):
         check_routable(pool)
     else:
         pool.check_mergeable()
@@ -393,6 +404,8 @@ def bind_space(spec: SpaceSpec, manifest: Manifest, dtype: Any) -> SearchSpace:
     """The space that a spec means over a pool. Raises UserError where it does not fit the pool."""
     if spec.layer_swap is not None:
         return LayerSwapSpace(spec, manifest, dtype)
+    if spec.route is not None:
+        return RouteSpace(spec, manifest, dtype)
     return RuleSpace(spec, manifest, dtype)
 
 
@@ -406,11 +419,14 @@ def bind_spaces(experiment: Experiment, manifest: Manifest, dtype: Any) -> tuple
         for corner in (0.0, 1.0):
             point = coarse.default * 0.0 + corner
             try:
-                fine.encode(coarse.decode(point, manifest), manifest)
+                found = coarse.decode(point, manifest)
+                fine.around(found).encode(found, manifest)
             except ValueError as e:
+                mend = "give it the same method and bounds at least as wide"
+                if isinstance(fine, RouteSpace):
+                    mend = "name `merged` under route.models, the first of all"
                 raise UserError(
-                    f"search_space: stage {n + 1} cannot start from all that stage {n} may find ({e}); "
-                    "give it the same method and bounds at least as wide"
+                    f"search_space: stage {n + 1} cannot start from all that stage {n} may find ({e}); {mend}"
                 ) from None
     return tuple(spaces)
 

@@ -13,6 +13,7 @@ from evomerge.errors import UserError
 from evomerge.fitness import FitnessSpec
 from evomerge.items import POLICIES
 from evomerge.proposal import GRADIENT_PRICE
+from evomerge.route_space import RouteSpace
 from evomerge.search import ALGORITHMS, needs_of
 from evomerge.search.base import Needs
 from evomerge.search.cmaes import default_population
@@ -128,7 +129,8 @@ def check_gradients(experiment: Experiment, spaces: Sequence[SearchSpace]) -> li
         name, _ = experiment.algorithm_of(stage)
         if not needs_of(name).gradients:
             continue
-        why = "layer swapping has no derivative" if not isinstance(space, RuleSpace) else space.why_no_gradient()
+        what = "layer routes have" if isinstance(space, RouteSpace) else "layer swapping has"
+        why = space.why_no_gradient() if isinstance(space, RuleSpace) else f"{what} no derivative"
         if why is not None:
             raise UserError(f"search: {at_stage(n, experiment.stages)}{name} needs gradients, but {why}")
         notes.append(
@@ -161,6 +163,26 @@ def check_axes(experiment: Experiment, spaces: Sequence[SearchSpace]) -> None:
                 f"search: {at_stage(n, experiment.stages)}{name} is for at most {needs.most_axes} axes, the space has "
                 f"{len(space.axes)}; search fewer (groups: all), or use map or algorithm: auto"
             )
+
+
+def check_routes(experiment: Experiment, spaces: Sequence[SearchSpace]) -> None:
+    """Raises UserError where layer routes meet an algorithm that mixes whole models, or a task that looks at weights
+    beside the base's."""
+    for n, (stage, space) in enumerate(zip(experiment.stages, spaces, strict=True)):
+        if not isinstance(space, RouteSpace):
+            continue
+        name, _ = experiment.algorithm_of(stage)
+        if needs_of(name).proposes == "recipes":
+            raise UserError(
+                f"search: {at_stage(n, experiment.stages)}{name} mixes the models itself and knows no layer routes; "
+                "use algorithm: auto, or drop route"
+            )
+        for task in experiment.tasks:
+            if task.kind == "weights":
+                raise UserError(
+                    f"task {task.name!r} of kind weights compares a model with the base weight by weight, which a "
+                    "layer route leaves nothing of; drop the task, or drop route"
+                )
 
 
 def check_designs(

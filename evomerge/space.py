@@ -15,7 +15,7 @@ from evomerge.errors import UserError, nearest
 from evomerge.manifest import Manifest
 from evomerge.merge.methods import METHODS, Method, Scalar
 from evomerge.proposal import Genome, frozen_genome
-from evomerge.recipe import Dtype, Match, Recipe, Rule, check_value, rounded
+from evomerge.recipe import MAX_HOPS, Dtype, Match, Recipe, Rule, check_value, rounded
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class SearchSpace(Protocol):
         ...
 
     def around(self, r: Recipe) -> SearchSpace:
-        """The space whose routes go through the merge `r` that an earlier stage found; itself where it has none."""
+        """The space with the model that `r` builds as a source `merged`; itself where it has no such source."""
         ...
 
 
@@ -174,8 +174,58 @@ class LayerSwap(_Part):
 SWAP_AXES = ("bottom", "top", "transition")
 
 
+class RouteSpec(_Part):
+    """Layer routes: the path of tokens through layers of one model or of several, and how it is written as genes."""
+
+    encoding: Literal["indicator", "slices", "repeats", "scales"] = Field(
+        description="an array of layers to be in or out; a list of slices; how often each layer is gone through; or "
+        "a scale and gains for each layer of the natural path"
+    )
+    models: tuple[str, ...] | None = Field(
+        None,
+        min_length=1,
+        description="the first gives the ends; `merged` is what merge axes or the stage before build, `experts` all "
+        "of them; default base (with merge axes merged) and experts",
+    )
+    repetitions: int = Field(2, ge=1, le=16, description="indicator: how often the array of all layers is repeated")
+    slices: int = Field(4, ge=1, le=64, description="slices: how many at most")
+    scales: Literal["slots", "pairs", "none"] = Field(
+        "slots", description="of hops off the natural order; or a table of all pairs of layers; or all 1"
+    )
+    max_hops: int | None = Field(
+        None, ge=1, le=MAX_HOPS, description="later hops are dropped; default twice the deepest model"
+    )
+
+    @property
+    def one_model(self) -> bool:
+        """Whether the encoding is of the layers of one model."""
+        return self.encoding in ("repeats", "scales")
+
+    @model_validator(mode="after")
+    def _fitting(self) -> RouteSpec:
+        for key, encodings in (("repetitions", ("indicator",)), ("slices", ("slices",)), ("max_hops", _FREE)):
+            if key in self.model_fields_set and self.encoding not in encodings:
+                raise ValueError(f"{key}: is for encoding {' or '.join(encodings)}, got encoding {self.encoding}")
+        if self.encoding == "scales" and self.scales != "slots":
+            raise ValueError(f"scales: encoding scales is about one for each layer; leave out `scales: {self.scales}`")
+        if self.models is not None and len(set(self.models)) < len(self.models):
+            raise ValueError(f"models: expected different names, got {list(self.models)}")
+        if self.models is not None and self.one_model and (len(self.models) > 1 or "experts" in self.models):
+            raise ValueError(
+                f"models: encoding {self.encoding} is of the layers of one model, got {list(self.models)}; name one, "
+                "or take encoding indicator or slices"
+            )
+        return self
+
+
+_FREE = ("indicator", "slices", "repeats")
+ROUTE_AXES = ("scale", "attn_gain", "mlp_gain", "repeats")
+"""Axes of layer routes; all other names are coefficients of merges."""
+
+
 class SpaceSpec(_Part):
-    """A search space: a method, or the choice of one, over groups of blocks; or layer swapping."""
+    """A search space: a method, or the choice of one, over groups of blocks; layer swapping; or layer routes, which
+    go with a merge whose coefficients are searched too."""
 
     description: str = ""
     method: str | tuple[str, ...] = Field("task_arithmetic", description="of a list, one is chosen by the search")
@@ -184,21 +234,46 @@ class SpaceSpec(_Part):
     params: Mapping[str, Scalar] = Field(default_factory=dict, description="fixed options and coefficients")
     experts: tuple[str, ...] | None = Field(None, description="those that are merged; default all")
     layer_swap: LayerSwap | None = Field(None, description="in place of method, groups, params and experts")
+    route: RouteSpec | None = Field(None, description="layer routes; the other keys are then about `merged`")
 
     @property
     def methods(self) -> tuple[Method, ...]:
         """The method, or those to choose from."""
         return tuple(METHODS[n] for n in ((self.method,) if isinstance(self.method, str) else self.method))
 
+    @property
+    def merges(self) -> SpaceSpec | None:
+        """The part that is about merging; None where there is none beside layer swapping or routes."""
+        if self.route is None:
+            return self if self.layer_swap is None else None
+        axes = {n: a for n, a in self.axes.items() if n not in ROUTE_AXES}
+        return self.model_copy(update={"axes": axes, "route": None}) if axes else None
+
     @model_serializer(mode="wrap")
     def _as_before(self, inner: Any) -> Any:
         # Experiment ids hash this: keys that came later are left out where they say nothing.
-        return {k: v for k, v in inner(self).items() if v is not None or k not in ("experts", "layer_swap")}
+        return {k: v for k, v in inner(self).items() if v is not None or k not in ("experts", "layer_swap", "route")}
 
     @model_validator(mode="after")
     def _known(self) -> SpaceSpec:
         if self.layer_swap is not None:
             return self._swaps()
+        if self.route is not None:
+            _check_route_axes(self.route, self.axes)
+            known = {*ROUTE_AXES, *(c for method in METHODS.values() for c in method.coefficients)}
+            if unknown := [n for n in self.axes if n not in known]:
+                raise ValueError(f"unknown axis {unknown[0]!r}{nearest(unknown[0], known)}")
+            beside = self.model_fields_set & {"method", "groups", "params", "experts"}
+            if beside and self.merges is None:
+                raise ValueError(
+                    f"{', '.join(sorted(beside))}: nothing is merged here; name a coefficient of the merge under axes, "
+                    "such as weight, or leave it out"
+                )
+        if (merges := self.merges) is not None:
+            merges._check_merges()
+        return self
+
+    def _check_merges(self) -> None:
         names = (self.method,) if isinstance(self.method, str) else self.method
         for name in names:
             if name not in METHODS:
@@ -225,10 +300,9 @@ class SpaceSpec(_Part):
             for name, value in self.params.items():
                 if name in method.coefficients or name in method.options:
                     check_value(method, name, value)
-        return self
 
     def _swaps(self) -> SpaceSpec:
-        beside = self.model_fields_set & {"method", "groups", "params", "experts"}
+        beside = self.model_fields_set & {"method", "groups", "params", "experts", "route"}
         if beside:
             raise ValueError(f"layer_swap goes without {', '.join(sorted(beside))}")
         for name, axis in self.axes.items():
@@ -246,6 +320,31 @@ def _check_bounds(method: Method, name: str, axis: AxisSpec) -> None:
         raise ValueError(f"{name}: bounds must lie within [{c.low:g}, {c.high:g}], got [{axis.low:g}, {axis.high:g}]")
     if c.integer:
         _check_whole(name, axis)
+
+
+def _check_route_axes(route: RouteSpec, axes: Mapping[str, AxisSpec]) -> None:
+    """Raises ValueError for axes that the encoding does not have, and for bounds that leave out the model as it is."""
+    per_encoding = {"repeats": ROUTE_AXES, "scales": ROUTE_AXES[:3]}
+    known = per_encoding.get(route.encoding, ROUTE_AXES[:1])
+    for name, axis in axes.items():
+        if name not in ROUTE_AXES:
+            continue
+        if name not in known:
+            raise ValueError(f"{name}: encoding {route.encoding} has no such axis, only {', '.join(known)}")
+        if name == "scale" and route.scales == "none":
+            raise ValueError("scale is an axis, but `scales: none` makes all 1; keep one")
+        if name == "scale" and axis.low <= 0:
+            raise ValueError(f"scale: the residual stream is scaled by positive numbers, got low {axis.low:g}")
+        low, high = (0.0, 16.0) if name == "repeats" else (1e-3 if name == "scale" else -1e3, 1e3)
+        if not low <= axis.low <= 1 <= axis.high <= high:
+            raise ValueError(
+                f"{name}: bounds must lie within [{low:g}, {high:g}] and hold 1, the model as it is, got "
+                f"[{axis.low:g}, {axis.high:g}]"
+            )
+        if axis.default == "uniform":
+            raise ValueError(f"{name}: uniform is a default of merge weights; give a number")
+        if name == "repeats":
+            _check_whole(name, axis)
 
 
 def _check_whole(name: str, axis: AxisSpec) -> None:
@@ -414,7 +513,7 @@ class RuleSpace:
         for method in self.methods:
             if used <= {method.name}:
                 try:
-                    g = self._genome(self._values(method, canonical.blocks))
+                    g = self.read(method, canonical.blocks)
                 except ValueError as e:
                     reason = str(e)
                     continue
@@ -422,9 +521,14 @@ class RuleSpace:
                     return g
         raise ValueError(reason)
 
-    def around(self, r: Recipe) -> RuleSpace:
-        """Itself: it has no routes."""
+    def around(self, r: Recipe) -> SearchSpace:
+        """Itself: merges are of the pool's models."""
         return self
+
+    def read(self, method: Method, blocks: Mapping[str, Rule]) -> Genome:
+        """The point that says of each group what `blocks` has for its first block; decoding it tells whether it does
+        of the others. Raises ValueError outside an axis."""
+        return self._genome(self._values(method, blocks))
 
     def _values(self, method: Method, blocks: Mapping[str, Rule]) -> dict[str, float | str]:
         """What the axes say of a recipe; axes that say nothing are left out."""

@@ -38,7 +38,7 @@ LEVELS = tuple(
     search.bayesian_map search.nested_map
     workers.local workers.ray workers.child score.multiple_choice score.perplexity score.weights evaluate
     score.structure score.generation score.function score.lm_eval
-    search layer_swap fitness
+    search layer_swap route_space fitness
     config
     objective budget items
     refusals importance
