@@ -14,7 +14,6 @@ from evomerge.merge.methods import BANDS, METHODS, Method
 from evomerge.pool import TORCH_DTYPES
 from evomerge.prepare import Prepared, allowance_of, prepare
 from evomerge.search import needs_of
-from evomerge.space import SearchSpace
 from evomerge.tasks.base import NOTHING, Allowed
 
 

@@ -61,11 +61,6 @@ def check_algorithms(experiment: Experiment) -> None:
             )
         if needs.gradients:
             check_tasks_for_gradients(experiment, f"search: {name} follows gradients", "use cma-es")
-        for far in (t.name for t in experiment.tasks if needs.routes and t.kind == "weights"):
-            raise UserError(
-                f"search: {name} sends tokens through layers of several models, but task {far!r} of kind weights "
-                "compares a model with the base weight by weight; drop the task, or use kind structure"
-            )
         if needs.per_item_scores:
             for goal in fitness_of(experiment).goals:
                 for task, _ in fitness_of(experiment).weights_of(goal):
@@ -169,20 +164,18 @@ def check_routes(experiment: Experiment, spaces: Sequence[SearchSpace]) -> None:
     """Raises UserError where layer routes meet an algorithm that mixes whole models, or a task that looks at weights
     beside the base's."""
     for n, (stage, space) in enumerate(zip(experiment.stages, spaces, strict=True)):
-        if not isinstance(space, RouteSpace):
-            continue
         name, _ = experiment.algorithm_of(stage)
-        if needs_of(name).proposes == "recipes":
+        needs, routed = needs_of(name), isinstance(space, RouteSpace)
+        if routed and needs.proposes == "recipes" and not needs.routes:
             raise UserError(
                 f"search: {at_stage(n, experiment.stages)}{name} mixes the models itself and knows no layer routes; "
                 "use algorithm: auto, or drop route"
             )
-        for task in experiment.tasks:
-            if task.kind == "weights":
-                raise UserError(
-                    f"task {task.name!r} of kind weights compares a model with the base weight by weight, which a "
-                    "layer route leaves nothing of; drop the task, or drop route"
-                )
+        for far in (t.name for t in experiment.tasks if (routed or needs.routes) and t.kind == "weights"):
+            raise UserError(
+                f"task {far!r} of kind weights compares a model with the base weight by weight, which a layer route "
+                "leaves nothing of; drop the task, or use kind structure"
+            )
 
 
 def check_designs(
