@@ -22,7 +22,7 @@ from evomerge.pareto import Losses
 from evomerge.prepare import bind_spaces, needed_metrics
 from evomerge.proposal import GRADIENT_PRICE, Evaluation, ItemSet, Scores, frozen_genome
 from evomerge.recipe import Recipe
-from evomerge.rundir import EXPERIMENT, JOURNAL
+from evomerge.rundir import BUDGET, EXPERIMENT, JOURNAL
 from evomerge.schema import validated
 from evomerge.space import SearchSpace
 from evomerge.tasks.base import SPLITS
@@ -85,6 +85,10 @@ class History:
     """Name -> positions in the search split's items, of the samples that generations were scored on."""
     evaluated: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     """Split -> item evaluations, samples among those of search; what earlier scores answered is not counted."""
+    gradients: bool = False
+    """Whether some of them are those of gradients, which count with their price."""
+    ended_by: str | None = None
+    """The algorithm that ended the search by itself, with its reasons; None where the budget did, or it goes on."""
 
     @classmethod
     def read(cls, path: str | Path) -> Self:
@@ -115,6 +119,7 @@ class History:
         seen: dict[str, dict[str, set[str]]] = {}
         evaluated = dict.fromkeys(SPLITS, 0)
         looks = cached = 0
+        gradients = False
         for e in events:
             if e["kind"] == "items":
                 name = names[e["id"]] = str(e["name"])
@@ -148,6 +153,7 @@ class History:
                     entry.renewed.add(name)  # a candidate begins only once
                 (entry.samples if name in samples else entry.results)[name] = result
                 cached += bool(e.get("cached")) and name not in ("select", "report")
+                gradients |= "gradients" in e
                 for task, ids in item_ids[name].items() if not e.get("cached") else ():
                     known = seen.setdefault(entry.recipe_id, {}).setdefault(task, set())
                     price = len(ids) * (1 + GRADIENT_PRICE) if "gradients" in e else len({*ids} - known)
@@ -159,6 +165,7 @@ class History:
                     final["front"] = [entries[i].id for i in e["front"]]
                 looks += 1
         manifest = Manifest.from_json(events[0]["manifest"])
+        stopped = events[-1]["kind"] == "stop"
         return cls(
             path,
             experiment,
@@ -168,11 +175,13 @@ class History:
             entries,
             {s: ids for s, ids in item_ids.items() if s not in samples},
             final,
-            events[-1]["kind"] == "stop",
+            stopped,
             looks,
             cached,
             samples,
             evaluated,
+            gradients,
+            str(events[-1]["reason"]) if stopped and events[-1]["reason"] != BUDGET else None,
         )
 
     # -- candidates ---------------------------------------------------------------------------------------

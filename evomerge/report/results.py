@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from evomerge.history import History
-from evomerge.proposal import Scores
+from evomerge.proposal import GRADIENT_PRICE, Scores
 
 LEVEL = 0.95
 MEAN = "mean"
@@ -229,16 +229,23 @@ def text_table(history: History, split: str = "report") -> str:
             f"{o['report']:.3f} on report (optimism {o['search'] - o['report']:+.3f})",
         ]
     if history.generations:
-        used, full = history.evaluated["search"], history.in_full
-        lines.append(
-            f"sampled items: {used:,} of the {full:,} item evaluations of full scoring on search ({used / full:.0%})"
-        )
+        lines.append(saved_text(history.evaluated["search"], history.in_full, gradients=history.gradients))
     lines += warnings_on(history, r)
     if r.looks > 1:
         lines.append(f"the report split was looked at {r.looks} times, once for each budget")
     if r.cached:
         lines.append(f"{r.cached} candidates were answered from earlier scores")
     return "\n".join(lines)
+
+
+def saved_text(used: int, full: int, *, gradients: bool) -> str:
+    """What a search on samples of the items took, against full scoring; gradients, which cost more, are told apart."""
+    if not gradients:
+        return f"sampled items: {used:,} of the {full:,} item evaluations of full scoring on search ({used / full:.0%})"
+    return (
+        f"sampled items: {used:,} item evaluations on search, an item of a gradient step counted {1 + GRADIENT_PRICE} "
+        f"times, against {full:,} of scoring its candidates on all items without gradients ({used / full:.0%})"
+    )
 
 
 def warnings_on(history: History, r: Results) -> list[str]:
