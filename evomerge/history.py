@@ -343,6 +343,16 @@ class History:
         return {self.manifest.base: Path(models.base), **{n: Path(p) for n, p in models.experts.items()}}
 
 
+def saved_text(used: int, full: int, *, gradients: bool) -> str:
+    """What a search on samples of the items took, against full scoring; gradients, which cost more, are told apart."""
+    if not gradients:
+        return f"sampled items: {used:,} of the {full:,} item evaluations of full scoring on search ({used / full:.0%})"
+    return (
+        f"sampled items: {used:,} item evaluations on search, an item of a gradient step counted {1 + GRADIENT_PRICE} "
+        f"times, against {full:,} of scoring its candidates on all items without gradients ({used / full:.0%})"
+    )
+
+
 def load_resolved(path: Path, overrides: Mapping[str, Any] | None = None) -> Experiment:
     """The resolved experiment of a run directory. Raises UserError."""
     file = path / EXPERIMENT

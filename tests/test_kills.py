@@ -136,6 +136,7 @@ for line in sys.stdin:
 """Forks a fresh driver per line of its input, so that a life does not begin with seconds of imports."""
 
 
+@pytest.mark.slow
 def test_a_few_kills(small_experiment: Path, tmp_path: Path, finished_run: Path) -> None:
     """Three drivers killed with -9 at random moments, a fourth one finishes: the same journal."""
     out = tmp_path / "out"

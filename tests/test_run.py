@@ -144,6 +144,7 @@ def test_python_interface(small_experiment: Path, tmp_path: Path, finished_run: 
 # -- workers do not matter ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2])
 def test_local_workers_give_the_same_bytes(
     count: int, experiment_with: With, tmp_path: Path, finished_run: Path
@@ -229,12 +230,17 @@ def test_the_experiment_file_alone_is_no_run(run_copy: Path, experiment_with: Wi
 
 
 def test_resume_on_two_workers(run_copy: Path, experiment_with: With) -> None:
-    """A run begun inline may be finished by two processes, to the same bytes."""
+    """A run whose first result came inline may be finished by two processes, to the same bytes."""
     whole = journal(run_copy)
-    (run_copy / "journal.jsonl").write_bytes(whole[: cut_points(whole)[5]])
+    (run_copy / "journal.jsonl").write_bytes(whole[: cut_points(whole)[4]])
+    (run_copy / "telemetry.jsonl").unlink()
     run(experiment_with(**{"workers.backend": "local", "workers.count": 2}), run_copy)
 
     assert journal(run_copy) == whole
+    assert len(events(run_copy, "told")) - 1 == sum(e["attempts"] for e in read_telemetry(run_copy / "telemetry.jsonl"))
+    workers = {t["worker"] for t in read_telemetry(run_copy / "telemetry.jsonl")}
+    assert workers
+    assert workers <= {"local-0", "local-1"}
 
 
 def test_a_finished_run_evaluates_nothing(

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from evomerge.history import History
-from evomerge.proposal import GRADIENT_PRICE, Scores
+from evomerge.history import History, saved_text
+from evomerge.proposal import Scores
 
 LEVEL = 0.95
 MEAN = "mean"
@@ -236,16 +236,6 @@ def text_table(history: History, split: str = "report") -> str:
     if r.cached:
         lines.append(f"{r.cached} candidates were answered from earlier scores")
     return "\n".join(lines)
-
-
-def saved_text(used: int, full: int, *, gradients: bool) -> str:
-    """What a search on samples of the items took, against full scoring; gradients, which cost more, are told apart."""
-    if not gradients:
-        return f"sampled items: {used:,} of the {full:,} item evaluations of full scoring on search ({used / full:.0%})"
-    return (
-        f"sampled items: {used:,} item evaluations on search, an item of a gradient step counted {1 + GRADIENT_PRICE} "
-        f"times, against {full:,} of scoring its candidates on all items without gradients ({used / full:.0%})"
-    )
 
 
 def warnings_on(history: History, r: Results) -> list[str]:

@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from evomerge.history import History
+from evomerge.history import History, saved_text
 from evomerge.pareto import Losses, fronts, order
-from evomerge.report.results import saved_text
 from evomerge.rundir import TELEMETRY, read_telemetry
 from evomerge.yamlio import dump_yaml
 
