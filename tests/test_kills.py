@@ -232,18 +232,22 @@ class Backwards:
 
 @pytest.mark.parametrize("lag", [None, 3])
 def test_early_results_are_not_repeated(
-    lag: int | None, experiment_with: With, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lag: int | None,
+    experiment_with: With,
+    finished_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Results that came before their turn when the driver died are taken up again: nothing is evaluated twice."""
     change: dict[str, Any] = {} if lag is None else {"search.algorithm": "random", "search.lag": lag}
-    run(experiment_with(**change), tmp_path / "whole")
+    whole = finished_run if lag is None else run(experiment_with(**change), tmp_path / "whole").path
     monkeypatch.setattr(sys.modules[run.__module__], "make_executor", lambda make, *_: Backwards(make))
     Backwards.evaluated.clear()
     out = tmp_path / "out"
-    autopsy = Autopsy(journal(tmp_path / "whole"))
+    autopsy = Autopsy(journal(whole))
     over = False
     while not over:
-        Backwards.life = 2
+        Backwards.life = 3
         try:
             run(experiment_with(**change), out)
             over = True
