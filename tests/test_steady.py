@@ -63,7 +63,7 @@ def test_what_a_proposal_sees(lag: int, whole: dict[int, Path]) -> None:
     assert order == expected
 
 
-@pytest.mark.parametrize("lag", LAGS)
+@pytest.mark.parametrize("lag", [1, pytest.param(2, marks=pytest.mark.slow), 5])
 def test_cut_anywhere(lag: int, whole: dict[int, Path], experiment_with: With, tmp_path: Path) -> None:
     """Between and inside any two events a run with a lag is completed to the same bytes."""
     out = Path(shutil.copytree(whole[lag], tmp_path / "out"))
