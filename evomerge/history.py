@@ -22,7 +22,7 @@ from evomerge.pareto import Losses
 from evomerge.prepare import bind_spaces, needed_metrics
 from evomerge.proposal import GRADIENT_PRICE, Evaluation, ItemSet, Scores, frozen_genome
 from evomerge.recipe import Recipe
-from evomerge.rundir import EXPERIMENT, JOURNAL
+from evomerge.rundir import BUDGET, EXPERIMENT, JOURNAL
 from evomerge.schema import validated
 from evomerge.space import SearchSpace
 from evomerge.tasks.base import SPLITS
@@ -87,6 +87,10 @@ class History:
     """Split -> item evaluations, samples among those of search; what earlier scores answered is not counted."""
     merged: Mapping[int, int] = field(default_factory=dict)
     """Stage -> the candidate whose merge its routes go through, where an earlier stage found one."""
+    gradients: bool = False
+    """Whether some of them are those of gradients, which count with their price."""
+    ended_by: str | None = None
+    """The algorithm that ended the search by itself, with its reasons; None where the budget did, or it goes on."""
 
     @classmethod
     def read(cls, path: str | Path) -> Self:
@@ -118,6 +122,7 @@ class History:
         evaluated = dict.fromkeys(SPLITS, 0)
         looks = cached = 0
         merged: dict[int, int] = {}
+        gradients = False
         for e in events:
             if e["kind"] == "items":
                 name = names[e["id"]] = str(e["name"])
@@ -151,6 +156,7 @@ class History:
                     entry.renewed.add(name)  # a candidate begins only once
                 (entry.samples if name in samples else entry.results)[name] = result
                 cached += bool(e.get("cached")) and name not in ("select", "report")
+                gradients |= "gradients" in e
                 for task, ids in item_ids[name].items() if not e.get("cached") else ():
                     known = seen.setdefault(entry.recipe_id, {}).setdefault(task, set())
                     price = len(ids) * (1 + GRADIENT_PRICE) if "gradients" in e else len({*ids} - known)
@@ -164,6 +170,7 @@ class History:
                     final["front"] = [entries[i].id for i in e["front"]]
                 looks += 1
         manifest = Manifest.from_json(events[0]["manifest"])
+        stopped = events[-1]["kind"] == "stop"
         return cls(
             path,
             experiment,
@@ -173,12 +180,14 @@ class History:
             entries,
             {s: ids for s, ids in item_ids.items() if s not in samples},
             final,
-            events[-1]["kind"] == "stop",
+            stopped,
             looks,
             cached,
             samples,
             evaluated,
             merged,
+            gradients,
+            str(events[-1]["reason"]) if stopped and events[-1]["reason"] != BUDGET else None,
         )
 
     # -- candidates ---------------------------------------------------------------------------------------
@@ -352,6 +361,16 @@ class History:
         """Where the sources lie, by name."""
         models = self.experiment.models
         return {self.manifest.base: Path(models.base), **{n: Path(p) for n, p in models.experts.items()}}
+
+
+def saved_text(used: int, full: int, *, gradients: bool) -> str:
+    """What a search on samples of the items took, against full scoring; gradients, which cost more, are told apart."""
+    if not gradients:
+        return f"sampled items: {used:,} of the {full:,} item evaluations of full scoring on search ({used / full:.0%})"
+    return (
+        f"sampled items: {used:,} item evaluations on search, an item of a gradient step counted {1 + GRADIENT_PRICE} "
+        f"times, against {full:,} of scoring its candidates on all items without gradients ({used / full:.0%})"
+    )
 
 
 def load_resolved(path: Path, overrides: Mapping[str, Any] | None = None) -> Experiment:

@@ -173,7 +173,7 @@ def numerics(device: str, threads: int) -> dict[str, Any]:
     import torch
 
     return {
-        **{name: version(name) for name in ("torch", "transformers", "numpy", "cma")},
+        **{name: version(name) for name in ("torch", "transformers", "numpy", "scipy", "cma", "optuna")},
         "threads": threads,
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu",
         "cpu": torch.backends.cpu.get_cpu_capability(),
@@ -286,9 +286,14 @@ def with_groups(
         space = important_groups(stage.space, sizes(by), manifest)
         stages[n] = stage.model_copy(update={"space": space})
         assert isinstance(space.groups, tuple)
-        own = ", ".join(g.name for g in space.groups if g.name.startswith("layers."))
-        why = "the task vectors are largest" if by == "size" else "the objective changes most"
-        notes.append(f"{at_stage(n, stages)}axes of their own for {own}: there {why}")
+        own = [g.name for g in space.groups if g.name.startswith("layers.")]
+        wanted, layers = stage.space.groups.important, manifest.layers[manifest.base]
+        if wanted < layers:
+            why = "the task vectors are largest" if by == "size" else "the objective changes most"
+            told = f"{', '.join(own)}: there {why}"
+        else:  # a library space asks for as many as suit a large model
+            told = f"each of the {layers} layers, which are no more than {{important: {wanted}}} asks for"
+        notes.append(f"{at_stage(n, stages)}axes of their own for {told}")
     if not notes:
         return experiment, []
     if not isinstance(experiment.search_space, StagedSpec):

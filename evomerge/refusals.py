@@ -5,17 +5,16 @@ Nothing here opens a model: the experiment, its items and its bound spaces are e
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from evomerge.budget import Allowance
-from evomerge.config import AdaptiveItems, Experiment, Search, Stage, fitness_of
+from evomerge.config import AdaptiveItems, Experiment, Stage, fitness_of
 from evomerge.errors import UserError
 from evomerge.fitness import FitnessSpec
 from evomerge.items import POLICIES
 from evomerge.proposal import GRADIENT_PRICE
 from evomerge.route_space import RouteSpace
 from evomerge.search import ALGORITHMS, needs_of
-from evomerge.search.base import Needs
 from evomerge.search.cmaes import default_population
 from evomerge.space import RuleSpace, SearchSpace
 from evomerge.tasks import KINDS
@@ -27,62 +26,79 @@ def check_algorithms(experiment: Experiment) -> None:
 
     `auto` picks one that can.
     """
-    goals = [g.name for g in fitness_of(experiment).goals]
     for stage in experiment.stages:
-        if experiment.is_auto(stage):
-            continue
-        name, _ = experiment.algorithm_of(stage)
-        needs = needs_of(name)
-        if experiment.search.lag is not None and not needs.steady:
-            raise UserError(f"search.lag: {name} learns from whole generations and has no steady state; drop lag")
-        check_items(experiment.search, name, needs)
-        able = [a for a in ALGORITHMS if needs_of(a).objectives in ("any", "one" if len(goals) == 1 else "several")]
-        if needs.objectives == "one" and len(goals) > 1:
-            raise UserError(
-                f"search: {name} minimises one loss, the fitness has {len(goals)} objectives ({', '.join(goals)}); "
-                f"use {' or '.join(able)}, or one objective over all tasks"
-            )
-        if needs.objectives == "several" and len(goals) == 1:
-            raise UserError(
-                f"search: {name} is for several objectives, the fitness has one; "
-                f"use {' or '.join(able)}, or name several under fitness.objectives"
-            )
-        if needs.measures > len(fitness_of(experiment).measures):
-            task = experiment.benchmarks[0]
-            count = "measures" if needs.measures == 1 else f"{needs.measures} measures or more"
-            raise UserError(
-                f"search: {name} needs {count} to lay its archive out by; name some under fitness.measures, such as "
-                f"{{name: {task.name}, tasks: [{task.name}], metric: {task.metric}, low: 0, high: 1, cells: 10}}"
-            )
-        if needs.design is not None and fitness_of(experiment).constraints:
-            raise UserError(
-                f"search: {name} models the objectives and knows no constraints; use nsga-ii or nsga-iii, or make "
-                "each constraint an objective"
-            )
-        if needs.gradients:
-            check_tasks_for_gradients(experiment, f"search: {name} follows gradients", "use cma-es")
-        if needs.per_item_scores:
-            for goal in fitness_of(experiment).goals:
-                for task, _ in fitness_of(experiment).weights_of(goal):
-                    if not task.benchmark:
-                        raise UserError(
-                            f"search: {name} compares models item by item, but task {task.name!r} scores a model as "
-                            "a whole; leave it out of the objective"
-                        )
+        if not experiment.is_auto(stage):
+            check_algorithm(experiment, experiment.algorithm_of(stage)[0])
 
 
-def check_items(search: Search, algorithm: str, needs: Needs) -> None:
+def check_algorithm(experiment: Experiment, name: str, others: Collection[str] = ALGORITHMS) -> None:
+    """The same of one algorithm; `others` are those that the error may name, if they pass themselves."""
+    needs, fitness = needs_of(name), fitness_of(experiment)
+    goals = [g.name for g in fitness.goals]
+    if experiment.search.lag is not None and not needs.steady:
+        raise UserError(f"search.lag: {name} learns from whole generations and has no steady state; drop lag")
+    check_items(experiment, name, others)
+    if needs.objectives == "one" and len(goals) > 1:
+        raise UserError(
+            f"search: {name} minimises one loss, the fitness has {len(goals)} objectives ({', '.join(goals)}); "
+            f"use {' or '.join(_able(experiment, others))}, or one objective over all tasks"
+        )
+    if needs.objectives == "several" and len(goals) == 1:
+        raise UserError(
+            f"search: {name} is for several objectives, the fitness has one; "
+            f"use {' or '.join(_able(experiment, others))}, or name several under fitness.objectives"
+        )
+    if needs.measures > len(fitness.measures):
+        task = experiment.benchmarks[0]
+        count = "measures" if needs.measures == 1 else f"{needs.measures} measures or more"
+        raise UserError(
+            f"search: {name} needs {count} to lay its archive out by; name some under fitness.measures, such as "
+            f"{{name: {task.name}, tasks: [{task.name}], metric: {task.metric}, low: 0, high: 1, cells: 10}}"
+        )
+    if needs.design is not None and fitness.constraints:
+        raise UserError(
+            f"search: {name} models the objectives and knows no constraints; use nsga-ii or nsga-iii, or make "
+            "each constraint an objective"
+        )
+    if needs.gradients:
+        check_tasks_for_gradients(experiment, f"search: {name} follows gradients", "use cma-es")
+    if needs.per_item_scores:
+        for goal in fitness.goals:
+            for task, _ in fitness.weights_of(goal):
+                if not task.benchmark:
+                    raise UserError(
+                        f"search: {name} compares models item by item, but task {task.name!r} scores a model as "
+                        "a whole; leave it out of the objective"
+                    )
+
+
+def _able(experiment: Experiment, others: Collection[str]) -> list[str]:
+    """Those that the experiment could have in place of an algorithm and as it stands else."""
+
+    def passes(name: str) -> bool:
+        try:
+            check_algorithm(experiment, name, others=())
+        except UserError:
+            return False
+        return True
+
+    return [name for name in others if passes(name)]
+
+
+def check_items(experiment: Experiment, algorithm: str, others: Collection[str] = ALGORITHMS) -> None:
     """Raises UserError where the losses that a policy of items gives are no use to an algorithm."""
-    policy = search.items if isinstance(search.items, str) else search.items.policy
-    if policy not in POLICIES[needs.scope]:
-        able = [a for a in ALGORITHMS if policy in POLICIES[needs_of(a).scope]]
-        why = f"compares candidates across generations, which {policy} items do not allow"
-        if needs.scope == "none":
-            why = f"compares no candidates, which {policy} items go by"
-        accepted = " or ".join(POLICIES[needs.scope])
-        raise UserError(f"search.items: {algorithm} {why}; use items: {accepted}, or {' or '.join(able)}")
-    if policy != "full" and search.lag is not None:
+    items, scope = experiment.search.items, needs_of(algorithm).scope
+    policy = items if isinstance(items, str) else items.policy
+    if policy != "full" and experiment.search.lag is not None:
         raise UserError(f"search.lag: {policy} items are common to a generation, steady state has none; drop one")
+    if policy not in POLICIES[scope]:
+        why = f"compares candidates across generations, which {policy} items do not allow"
+        if scope == "none":
+            why = f"compares no candidates, which {policy} items go by"
+        able = "".join(f" or {name}" for name in _able(experiment, others))
+        raise UserError(
+            f"search.items: {algorithm} {why}; use items: {' or '.join(POLICIES[scope])}{',' * bool(able)}{able}"
+        )
 
 
 def check_tasks_for_gradients(experiment: Experiment, who: str, instead: str) -> None:

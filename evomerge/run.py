@@ -28,7 +28,7 @@ from evomerge.pareto import compromise, fronts, order
 from evomerge.prepare import Prepared, allowance_of, gradient_shape, make_executor, needed_metrics, prepare
 from evomerge.progress import Progress, Silent
 from evomerge.proposal import GRADIENT_PRICE, Evaluation, Genome, ItemSet, Proposal, Result, Scores
-from evomerge.rundir import EXPERIMENT, JOURNAL, Before, RunDirectory, before
+from evomerge.rundir import BUDGET, EXPERIMENT, JOURNAL, Before, RunDirectory, before
 from evomerge.schema import validated
 from evomerge.score.plan import PlanShape
 from evomerge.search import make_optimizer, needs_of
@@ -98,11 +98,11 @@ def search(
         for n in range(len(prepared.stages)):
             stage = StageRun(session, n, allowance, rundir)
             stage.advance(allowance)
-        conclude(session)
+        conclude(session, stage)
         for more in extensions:
             journal.record("extended", budget=more.model_dump(exclude_none=True))
             stage.advance(allowance.extended(more))
-            conclude(session)
+            conclude(session, stage)
     progress.end()
 
 
@@ -143,8 +143,8 @@ class StageRun:
     def __init__(self, s: Session, n: int, allowance: Allowance, rundir: RunDirectory) -> None:
         self.s, self.n, self.rundir = s, n, rundir
         experiment = s.prepared.experiment
-        algorithm, options = experiment.algorithm_of(s.prepared.stages[n])
-        needs = needs_of(algorithm)
+        self.algorithm, options = experiment.algorithm_of(s.prepared.stages[n])
+        needs = needs_of(self.algorithm)
         # Algorithms that propose recipes begin from no point; runs that began before they skipped these have them.
         if n == 0 and experiment.search.probes and (needs.proposes == "genomes" or s.journal.asked_as("probe")):
             score_probes(s, allowance, rundir)
@@ -173,7 +173,7 @@ class StageRun:
             note=s.progress.note,
         )
         self.gradients = differentiated(fitness) if needs.gradients else ()
-        self.optimizer = make_optimizer(algorithm, space.axes, begin, rng, s.ids, options)
+        self.optimizer = make_optimizer(self.algorithm, space.axes, begin, rng, s.ids, options)
         self.policy = make_policy(experiment.search.items, s.whole, (experiment.search.seed, n), s.losses_on)
         self.latest: dict[int, dict[int, Result]] = {}
         """What was told of the last two generations and of their incumbents, by number and candidate."""
@@ -230,6 +230,11 @@ class StageRun:
         means = [s.ask(p, stage=self.n, role="mean") for p in self.optimizer.recommend(1)]
         for candidate, evaluation in s.score([*self._best_of_latest(), *means], s.whole):
             s.keep(candidate, evaluation, s.whole)
+
+    def ended_by(self) -> str:
+        """What ended `advance`: the algorithm with its own reasons, else the budget."""
+        reasons = ", ".join(f"{name} {value:g}" for name, value in sorted(self.optimizer.stop().items()))
+        return f"{self.algorithm} ({reasons})" if reasons else BUDGET
 
     def _incumbents(self) -> list[Candidate]:
         """Who competes with the next generation and so has to be scored on its items."""
@@ -319,10 +324,13 @@ def stop_where_most_fail(recent: list[Evaluation], window: int) -> None:
     recent.clear()
 
 
-def conclude(s: Session) -> None:
-    """Choose the winner on select, look at it once on report."""
+def conclude(s: Session, last: StageRun) -> None:
+    """Choose the winner on select, look at it once on report; then say what ended the last stage."""
     report_on(s, choose_winner(s))
-    s.journal.record("stop", reason="budget")
+    if s.journal.replaying:
+        s.journal.take("stop")  # its reason stands: earlier versions wrote the budget, whatever it was
+    else:
+        s.journal.record("stop", reason=last.ended_by())
 
 
 def score_probes(s: Session, allowance: Allowance, rundir: RunDirectory) -> None:
@@ -437,10 +445,10 @@ def run_facts(
             raise UserError(f"{out}: finish it with its budget of {earlier.budgets[-1]} before raising that")
         budgets.append(budget)
     facts["budget"] = first["budget"]
-    now = prepared.numerics()
-    if first["numerics"] != now:
-        # The journal stays the authority: what it holds is told as recorded, new scores may differ in last bits.
-        changed = [k for k in now if first["numerics"].get(k) != now[k]]
+    # The journal stays the authority: what it holds is told as recorded, new scores may differ in last bits. Of what it
+    # does not name, as earlier versions named less, nothing is known.
+    changed = [k for k, v in prepared.numerics().items() if first["numerics"].get(k, v) != v]
+    if changed:
         progress.note(f"resuming with another {', '.join(changed)} than the run began with; last bits may differ")
-        facts["numerics"] = first["numerics"]
+    facts["numerics"] = first["numerics"]
     return facts, budgets[1:]

@@ -20,6 +20,8 @@ FINISHED = "finished.jsonl"
 EXPERIMENT = "experiment.yaml"
 TEMPORARY = "experiment.tmp"
 LOCK = ".lock"
+BUDGET = "budget"
+"""Why a run stopped whose algorithm did not end by itself."""
 
 
 class RunDirectory:

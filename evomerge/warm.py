@@ -51,7 +51,13 @@ def _renamed(recipe: Recipe, names: Mapping[str, str], path: Path) -> dict[str, 
     renamed = {}
     for name, source in recipe.sources.items():
         if source.sha256 is not None and source.sha256 not in names:
-            raise UserError(f"{path}: its source {name!r} is not in the new pool; a warm start needs all old sources")
+            known, asis = name in names.values(), ""
+            if known and path.is_file():
+                asis = f", drop the sha256 from the file to take {name!r} as it is now"
+            raise UserError(
+                f"{path}: its source {name!r} is not in the new pool{', which has other weights by that name' * known} "
+                f"(sha256 {source.sha256[:12]}); name that checkpoint under models{asis}, or leave out this warm start"
+            )
         renamed[name] = name if source.sha256 is None else names[source.sha256]
     sources = {renamed[n]: s.model_copy(update={"path": None}) for n, s in recipe.sources.items()}
     update: dict[str, Any] = {"base": renamed.get(recipe.base, recipe.base), "sources": sources}

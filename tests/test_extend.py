@@ -11,7 +11,7 @@ import pytest
 from evomerge.cli import main
 from evomerge.errors import UserError
 from evomerge.history import History, load_resolved
-from evomerge.journal import read
+from evomerge.journal import read, seal
 from evomerge.report.status import status, status_text
 from evomerge.run import run
 from evomerge.workers.inline import InlineExecutor
@@ -140,6 +140,31 @@ def test_on_the_command_line(run_copy: Path, capsys: pytest.CaptureFixture[str])
     assert main(["resume", str(run_copy), "--set", "search.budget.evaluations=13"]) == 2
     assert "it can only be raised" in capsys.readouterr().err
     assert History.read(run_copy).looks == 2
+
+
+def test_what_ended_a_run(finished_run: Path, experiment_with: With, tmp_path: Path) -> None:
+    """The budget, or the algorithm by its own reasons; journals that say budget of every end go on as they are."""
+    soup = {"search": {"algorithm": "greedy-soup", "finalists": 2, "budget": {"evaluations": 10}}}
+    out = tmp_path / "out"
+    history = run(experiment_with(**soup), out)
+    own = "greedy-soup (experts_in_the_soup "
+
+    assert sum(e.role == "search" for e in history.entries.values()) < 10
+    assert history.ended_by is not None
+    assert history.ended_by.startswith(own)
+    assert f"ended by itself, not by its budget: {own}" in status_text(status(out))
+    assert History.read(finished_run).ended_by is None
+    assert "by itself" not in status_text(status(finished_run))
+
+    *events, stop = read(out / "journal.jsonl")[0]
+    assert stop["reason"] == history.ended_by
+    old = b"".join(map(seal, [*events, {**stop, "reason": "budget"}]))
+    (out / "journal.jsonl").write_bytes(old)
+    assert run(experiment_with(**soup), out).ended_by is None
+    assert journal(out) == old
+    soup["search"]["budget"] = {"evaluations": 12}
+    assert run(experiment_with(**soup), out).ended_by == stop["reason"]
+    assert journal(out).startswith(old)
 
 
 def test_auto_does_not_choose_again(experiment_with: With, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
@@ -16,9 +17,11 @@ from evomerge.history import History
 from evomerge.pareto import fronts
 from evomerge.prepare import prepare
 from evomerge.progress import Terminal
+from evomerge.refusals import check_algorithm
 from evomerge.report.results import text_table
 from evomerge.report.status import candidate, candidate_text, status, status_text
 from evomerge.run import run
+from evomerge.search import ALGORITHMS
 from evomerge.warm import finalists_of
 
 GOALS = [{"name": "sums", "tasks": ["sums"]}, {"name": "words", "tasks": ["words"]}]
@@ -98,6 +101,46 @@ def test_a_scalar_algorithm_is_refused(experiment_with: With) -> None:
         UserError, match=r"cma-es minimises one loss, the fitness has 2 objectives \(sums, words\).*random"
     ):
         prepare(experiment)
+
+
+MEASURES = [{"name": t, "tasks": [t], "metric": "accuracy", "low": 0, "high": 1, "cells": 4} for t in ("sums", "words")]
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "change"),
+    [
+        ("cma-es", {"fitness.objectives": GOALS}),
+        ("random", {"fitness.objectives": GOALS, "search.items": {"policy": "adaptive"}}),
+        ("greedy-soup", {"fitness.objectives": GOALS, "search.items": {"policy": "halving", "rungs": [6, 20]}}),
+        ("niches", {"fitness.objectives": GOALS, "search.lag": 2}),
+        (
+            "cma-es",
+            {
+                "fitness.objectives": GOALS,
+                "fitness.constraints": [{"name": "kept", "kind": "forgetting", "at_most": 1}],
+            },
+        ),
+        ("nsga-ii", {}),
+        ("nested-map", {"fitness.measures": MEASURES}),
+        ("nsga-iii", {"search.items": {"policy": "adaptive"}}),
+        ("tpe", {"search.items": {"policy": "adaptive"}}),
+    ],
+)
+def test_a_refusal_names_all_that_would_do(algorithm: str, change: dict[str, Any], experiment_with: With) -> None:
+    """Each algorithm in `use ...` passes as the experiment stands; no other one does."""
+    experiment = experiment_with(**change)
+    named: set[str] = set()
+    passing = set()
+    for name in ALGORITHMS:
+        try:
+            check_algorithm(experiment, name)
+            passing.add(name)
+        except UserError as e:
+            if name == algorithm and "; use " in str(e):
+                named = {a for a in re.findall(r"[\w-]+", str(e).rpartition("; use ")[2]) if a in ALGORITHMS}
+
+    assert algorithm not in passing
+    assert named == passing != set()
 
 
 @pytest.mark.parametrize("algorithm", ["cma-es", "tpe"])

@@ -88,6 +88,15 @@ def test_a_run_keeps_its_choice(experiment_with: With, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "journal.jsonl").read_bytes() == before
 
 
+def test_more_than_there_are_is_said(experiment_with: With) -> None:
+    """A space made for larger models stays usable with two layers; the note says that none shares its axes."""
+    space = {"groups": {"important": 99}, "axes": {"weight": AXIS}}
+    notes = prepare(experiment_with(search_space=space)).notes
+
+    assert "axes of their own for each of the 2 layers, which are no more than {important: 99} asks for" in notes
+    assert not any("largest" in n for n in notes)
+
+
 def test_none_is_refused(small_experiment: Path) -> None:
     """At least one layer."""
     with pytest.raises(UserError, match="important"):

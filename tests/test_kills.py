@@ -136,6 +136,7 @@ for line in sys.stdin:
 """Forks a fresh driver per line of its input, so that a life does not begin with seconds of imports."""
 
 
+@pytest.mark.slow
 def test_a_few_kills(small_experiment: Path, tmp_path: Path, finished_run: Path) -> None:
     """Three drivers killed with -9 at random moments, a fourth one finishes: the same journal."""
     out = tmp_path / "out"
@@ -231,18 +232,22 @@ class Backwards:
 
 @pytest.mark.parametrize("lag", [None, 3])
 def test_early_results_are_not_repeated(
-    lag: int | None, experiment_with: With, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lag: int | None,
+    experiment_with: With,
+    finished_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Results that came before their turn when the driver died are taken up again: nothing is evaluated twice."""
     change: dict[str, Any] = {} if lag is None else {"search.algorithm": "random", "search.lag": lag}
-    run(experiment_with(**change), tmp_path / "whole")
+    whole = finished_run if lag is None else run(experiment_with(**change), tmp_path / "whole").path
     monkeypatch.setattr(sys.modules[run.__module__], "make_executor", lambda make, *_: Backwards(make))
     Backwards.evaluated.clear()
     out = tmp_path / "out"
-    autopsy = Autopsy(journal(tmp_path / "whole"))
+    autopsy = Autopsy(journal(whole))
     over = False
     while not over:
-        Backwards.life = 2
+        Backwards.life = 3
         try:
             run(experiment_with(**change), out)
             over = True

@@ -25,7 +25,8 @@ import evomerge
 from evomerge.canonical import decode_array
 from evomerge.errors import RunError, UserError
 from evomerge.history import History
-from evomerge.journal import read
+from evomerge.journal import read, seal
+from evomerge.progress import Silent
 from evomerge.run import run
 from evomerge.rundir import RunDirectory, read_telemetry
 from evomerge.workers.inline import InlineExecutor
@@ -143,6 +144,7 @@ def test_python_interface(small_experiment: Path, tmp_path: Path, finished_run: 
 # -- workers do not matter ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2])
 def test_local_workers_give_the_same_bytes(
     count: int, experiment_with: With, tmp_path: Path, finished_run: Path
@@ -228,12 +230,17 @@ def test_the_experiment_file_alone_is_no_run(run_copy: Path, experiment_with: Wi
 
 
 def test_resume_on_two_workers(run_copy: Path, experiment_with: With) -> None:
-    """A run begun inline may be finished by two processes, to the same bytes."""
+    """A run whose first result came inline may be finished by two processes, to the same bytes."""
     whole = journal(run_copy)
-    (run_copy / "journal.jsonl").write_bytes(whole[: cut_points(whole)[5]])
+    (run_copy / "journal.jsonl").write_bytes(whole[: cut_points(whole)[4]])
+    (run_copy / "telemetry.jsonl").unlink()
     run(experiment_with(**{"workers.backend": "local", "workers.count": 2}), run_copy)
 
     assert journal(run_copy) == whole
+    assert len(events(run_copy, "told")) - 1 == sum(e["attempts"] for e in read_telemetry(run_copy / "telemetry.jsonl"))
+    workers = {t["worker"] for t in read_telemetry(run_copy / "telemetry.jsonl")}
+    assert workers
+    assert workers <= {"local-0", "local-1"}
 
 
 def test_a_finished_run_evaluates_nothing(
@@ -458,17 +465,19 @@ def test_a_base_that_cannot_be_scored_ends_the_run(experiment_with: With, tiny_m
         run(experiment_with(**{"models.base": nan_expert(tiny_model, 0, "sick base")}), tmp_path / "out")
 
 
+class Notes(Silent):
+    """Keeps what is noted."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.texts.append(text)
+
+
 def test_other_numerics_are_noted_not_refused(run_copy: Path, experiment_with: With, monkeypatch: Any) -> None:
     """Resuming on other software warns, keeps what the journal says and goes on."""
     from evomerge import prepare
-    from evomerge.progress import Silent
-
-    class Notes(Silent):
-        def __init__(self) -> None:
-            self.texts: list[str] = []
-
-        def note(self, text: str) -> None:
-            self.texts.append(text)
 
     whole = journal(run_copy)
     (run_copy / "journal.jsonl").write_bytes(whole[: cut_points(whole)[6]])
@@ -478,6 +487,20 @@ def test_other_numerics_are_noted_not_refused(run_copy: Path, experiment_with: W
     run(experiment_with(), run_copy, notes)
 
     assert notes.texts == ["resuming with another cpu than the run began with; last bits may differ"]
+    assert journal(run_copy) == whole
+
+
+def test_numerics_that_a_journal_does_not_name_are_no_others(run_copy: Path, experiment_with: With) -> None:
+    """A journal of an earlier version, which named less software, is resumed without a word."""
+    old, *rest = read(run_copy / "journal.jsonl")[0]
+    del old["numerics"]["scipy"], old["numerics"]["optuna"]
+    (run_copy / "journal.jsonl").write_bytes(b"".join(map(seal, [old, *rest])))
+    whole = journal(run_copy)
+    (run_copy / "journal.jsonl").write_bytes(whole[: cut_points(whole)[6]])
+    notes = Notes()
+    run(experiment_with(), run_copy, notes)
+
+    assert not any("resuming with another" in t for t in notes.texts)
     assert journal(run_copy) == whole
 
 

@@ -166,7 +166,8 @@ def test_a_budget_of_items_holds_survivors_too(algorithm: str, experiment_with: 
 def test_full_scoring_renews_nobody(algorithm: str, experiment_with: With, tmp_path: Path) -> None:
     """Where all items are scored, and where a sample has grown to all, there is nothing to score again."""
     for items in ("full", {"policy": "adaptive", "start": 24}):
-        h = run(experiment_with(**{**SETTINGS[algorithm], "search.items": items}), tmp_path / str(len(str(items))))
+        settings = {**SETTINGS[algorithm], "search.items": items, "search.budget": {"evaluations": 11}}
+        h = run(experiment_with(**settings), tmp_path / str(len(str(items))))
         events = read(h.path / "journal.jsonl")[0]
         search = {e["id"] for e in events if e["kind"] == "items" and e["name"] == "search"}
         told = Counter(e["id"] for e in events if e["kind"] == "told" and e["items"] in search)

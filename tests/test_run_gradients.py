@@ -20,6 +20,8 @@ from evomerge.evaluate import MergeEvaluator
 from evomerge.history import History
 from evomerge.journal import read, seal
 from evomerge.report.page import run_page
+from evomerge.report.results import text_table
+from evomerge.report.status import status, status_text
 from evomerge.run import run
 
 With = Callable[..., Any]
@@ -107,6 +109,20 @@ def test_a_gradient_has_its_price(finished: Path, plain: With) -> None:
     scored_in_full = sum(e["kind"] == "told" and h.entry(e["id"]).stage >= -1 for e in events)
     assert scored_in_full
     assert h.evaluated["search"] >= probes * 24 + len(adam) * 32 + len(cma) * 8
+
+
+def test_reports_say_what_a_gradient_counts(finished: Path) -> None:
+    """Table, status and page compare the fourfold price with scoring that asks for no gradients, and say so."""
+    h = History.read(finished)
+    used, full = h.evaluated["search"], h.in_full
+    line = (
+        f"sampled items: {used:,} item evaluations on search, an item of a gradient step counted 4 times, against "
+        f"{full:,} of scoring its candidates on all items without gradients ({used / full:.0%})"
+    )
+
+    assert line in text_table(h)
+    assert line in status_text(status(finished))
+    assert line[1:] in run_page(h)
 
 
 def test_adam_minimises(plain: With, tmp_path: Path) -> None:

@@ -88,7 +88,10 @@ def test_a_missing_source_is_refused(
     """A pool that lacks an expert of the old winners cannot begin there, and the message names it."""
     experts = {"two": load(small_experiment).models.experts["two"], "three": three["models.experts.three"]}
 
-    with pytest.raises(UserError, match="its source 'one' is not in the new pool"):
+    with pytest.raises(
+        UserError,
+        match=r"its source 'one' is not in the new pool \(sha256 \w{12}\); name that checkpoint under models, or leave",
+    ):
         finalists_of(finished_run, experiment_with(**{"models.experts": experts}))
 
 
@@ -153,7 +156,11 @@ def test_a_recipe_file_of_another_pool_is_refused(experiment_with: With, tmp_pat
     file = tmp_path / "prepared.yaml"
     file.write_text(json.dumps(RECIPE | {"sources": {"one": {}, "two": {"sha256": "0" * 64}, "base": {}}}))
 
-    with pytest.raises(UserError, match="its source 'two' is not in the new pool"):
+    with pytest.raises(
+        UserError,
+        match=r"its source 'two' is not in the new pool, which has other weights by that name \(sha256 0{12}\); "
+        "name that checkpoint under models, drop the sha256 from the file to take 'two' as it is now, or leave out",
+    ):
         given_by(file, experiment_with())
     file.write_text(json.dumps(RECIPE | {"merge": [{"method": "linear", "sources": {"three": {"weight": 1.0}}}]}))
     with pytest.raises(UserError, match=r"search\.warm_start, recipe 1.*'three'"):

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from evomerge.history import History
+from evomerge.history import History, saved_text
 from evomerge.proposal import Scores
 from evomerge.report.routes import route_of
 
@@ -232,10 +232,7 @@ def text_table(history: History, split: str = "report") -> str:
     if r.winner is not None and (route := route_of(history, r.winner)) is not None:
         lines += ["", f"the winner's route: {route}"]
     if history.generations:
-        used, full = history.evaluated["search"], history.in_full
-        lines.append(
-            f"sampled items: {used:,} of the {full:,} item evaluations of full scoring on search ({used / full:.0%})"
-        )
+        lines.append(saved_text(history.evaluated["search"], history.in_full, gradients=history.gradients))
     lines += warnings_on(history, r)
     if r.looks > 1:
         lines.append(f"the report split was looked at {r.looks} times, once for each budget")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from evomerge.history import History
-from evomerge.pareto import fronts, order
+from evomerge.history import History, saved_text
+from evomerge.pareto import Losses, fronts, order
 from evomerge.report.routes import route_of, route_text
 from evomerge.rundir import TELEMETRY, read_telemetry
 from evomerge.yamlio import dump_yaml
@@ -50,9 +51,10 @@ def status_of(h: History) -> dict[str, Any]:
         "failures": failures,
         "best": best,
         "best_loss": None if best is None or len(h.goals) > 1 else float(losses[best][0]),
-        "front": None if len(h.goals) == 1 else int(sum(fronts(np.array(list(losses.values()))) == 0)) if losses else 0,
+        "front": None if len(h.goals) == 1 else _members_so_far(h, losses),
         "winner": h.winner_id,
         "route": None if chosen is None else route_of(h, chosen, STRETCHES),
+        "ended_by": h.ended_by,
         "run_seconds": lines[-1]["run_seconds"] if lines else 0.0,
         "seconds_left": _left(h, len(searched), lines),
         "seconds_per_candidate": (
@@ -66,6 +68,12 @@ def status_of(h: History) -> dict[str, Any]:
     }
 
 
+def _members_so_far(h: History, losses: Mapping[int, Losses]) -> int:
+    """Distinct recipes on the front: a probe may repeat a baseline."""
+    distinct = {h.entries[i].recipe_id: x for i, x in losses.items()}
+    return int(sum(fronts(np.array([*distinct.values()])) == 0)) if distinct else 0
+
+
 def _sampled(h: History) -> dict[str, Any] | None:
     """Items used on the search split against full scoring, and the last generation; None where all are scored."""
     if not h.generations:
@@ -74,6 +82,7 @@ def _sampled(h: History) -> dict[str, Any] | None:
     return {
         "used": h.evaluated["search"],
         "in_full": h.in_full,
+        "gradients": h.gradients,
         "generations": len(h.generations),
         "items": last.items[0],
         "correlation": last.correlation if math.isfinite(last.correlation) else None,
@@ -83,10 +92,8 @@ def _sampled(h: History) -> dict[str, Any] | None:
 def sampled_text(s: dict[str, Any]) -> str:
     """One line for people."""
     rho = "" if s["correlation"] is None else f" with a split-half rank correlation of {s['correlation']:.2f}"
-    return (
-        f"sampled items: {s['used']:,} of the {s['in_full']:,} item evaluations of full scoring on search "
-        f"({s['used'] / s['in_full']:.0%}); the last of {s['generations']} generations had {s['items']}{rho}"
-    )
+    saved = saved_text(s["used"], s["in_full"], gradients=s["gradients"])
+    return f"{saved}; the last of {s['generations']} generations had {s['items']}{rho}"
 
 
 def _left(h: History, scored: int, lines: list[dict[str, Any]]) -> float | None:
@@ -149,6 +156,8 @@ def status_text(s: dict[str, Any]) -> str:
         lines.append(f"winner: candidate {s['winner']}")
     if s["route"] is not None:
         lines.append(f"its route: {s['route']}")
+    if s["ended_by"] is not None:
+        lines.append(f"the search ended by itself, not by its budget: {s['ended_by']}")
     if s["failures"]:
         lines.append("failures: " + ", ".join(f"{k} {n}" for k, n in s["failures"].items()))
     if s["seconds_per_candidate"] is not None:

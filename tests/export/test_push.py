@@ -118,17 +118,23 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_export_and_push_as_a_process(finished_run: Path, tmp_path: Path, hub: Hub) -> None:
+@pytest.mark.parametrize("process", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["here", "as a process"])
+def test_export_and_push(
+    process: bool, finished_run: Path, tmp_path: Path, hub: Hub, capfd: pytest.CaptureFixture[str]
+) -> None:
     """One command builds, uploads every file as it is, warns of unknown licences, and never shows the token."""
     target = tmp_path / "merged"
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0"}
     environment |= {"HF_HOME": str(tmp_path / "hf")}
-    command = [sys.executable, "-m", "evomerge", "export", str(finished_run), "--to", str(target)]
-    command += ["--push", "org/my-merge", "--private", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    command = ["export", str(finished_run), "--to", str(target), "--push", "org/my-merge", "--private", "--json"]
+    if process:
+        code = subprocess.run([sys.executable, "-m", "evomerge", *command], env=environment, check=False).returncode
+    else:
+        code = main(command)
+    out, err = capfd.readouterr()
 
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["pushed"] == f"{hub.url}/org/my-merge"
+    assert code == 0, err
+    assert json.loads(out)["pushed"] == f"{hub.url}/org/my-merge"
     assert hub.files["org/my-merge"] == contents(target)
     assert hub.cards == [(target / "README.md").read_text()]
     assert {"README.md", "model.safetensors", "recipe.yaml", "evomerge.json"} <= set(hub.files["org/my-merge"])
@@ -136,9 +142,9 @@ def test_export_and_push_as_a_process(finished_run: Path, tmp_path: Path, hub: H
         {"name": "my-merge", "organization": "org", "visibility": "private"}
         | {k: v for k, v in hub.created[0].items() if k == "type"}
     ]
-    assert "note: licence of 'base', 'one', 'two' unknown" in done.stderr
+    assert "note: licence of 'base', 'one', 'two' unknown" in err
     assert hub.calls.index("/api/whoami-v2") < hub.calls.index("/api/repos/create")
-    assert CANARY not in done.stdout + done.stderr
+    assert CANARY not in out + err
     for path in tmp_path.rglob("*"):
         assert not path.is_file() or CANARY.encode() not in path.read_bytes()
 

@@ -6,10 +6,12 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from evomerge.cli import main
 from evomerge.history import History
+from evomerge.pareto import fronts
 from evomerge.recipe import Recipe
 from evomerge.report.status import candidate, candidate_text, status, status_text
 
@@ -69,6 +71,7 @@ def test_failures_are_counted_by_kind() -> None:
         "best_loss": 0.5,
         "winner": None,
         "route": None,
+        "ended_by": None,
         "run_seconds": 61.0,
         "seconds_per_candidate": 0.25,
         "peak_mb": 300.0,
@@ -85,6 +88,17 @@ def test_failures_are_counted_by_kind() -> None:
     assert "1,234 item evaluations in 61 s" in text
     assert "best on search: candidate 3, loss 0.5000" in text
     assert "winner" not in text
+
+
+def test_recipes_count_once_on_a_front(front_run: History) -> None:
+    """Candidates of one recipe, such as a probe that repeats a baseline, are one member."""
+    scored = [e for e in front_run.entries.values() if e.scores("search") is not None]
+    ranks = fronts(np.array([front_run.losses(e, "search") for e in scored]))
+    members = [e.recipe_id for e, rank in zip(scored, ranks, strict=True) if rank == 0]
+
+    assert len({*members}) < len(members)
+    assert status(front_run.path)["front"] == len({*members})
+    assert len({front_run.entry(i).recipe_id for i in front_run.front}) == len(front_run.front)
 
 
 @pytest.mark.parametrize("number", [0, 3, 7, 16])

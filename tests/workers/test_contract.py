@@ -25,7 +25,7 @@ def unit(n: int, jobs: int = 1) -> WorkUnit:
     return WorkUnit(n, tuple(Job(10 * n + j, 0, r, ITEMS) for j, r in enumerate(recipes)))
 
 
-@pytest.fixture(params=["inline", "local", "local-2"])
+@pytest.fixture(params=["inline", pytest.param("local", marks=pytest.mark.slow), "local-2"])
 def executor(request: pytest.FixtureRequest) -> Iterator[Make]:
     made: list[Executor] = []
 

@@ -133,13 +133,13 @@ def test_a_hanging_unit_times_out(local: Make) -> None:
 
 def test_a_growing_worker_is_stopped(local: Make) -> None:
     """A worker beyond its memory is failed:oom; the next unit is fine."""
-    executor = local(partial(FakeEvaluator, failures={1: "grow"}), memory_gb=0.6)
+    executor = local(partial(FakeEvaluator, failures={1: "grow"}), memory_gb=0.3)
     executor.submit(unit(1))
     executor.submit(unit(2))
     done = drained(executor, 2)
 
     assert done[1][1].status == "failed:oom"
-    assert "0.6 GiB" in done[1][1].reason
+    assert "0.3 GiB" in done[1][1].reason
     assert done[2][1].ok
 
 
