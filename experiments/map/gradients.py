@@ -25,7 +25,7 @@ from evomerge.prepare import prepare
 from evomerge.proposal import GRADIENT_PRICE, Genome, Job, Result, WorkUnit, frozen_genome
 from evomerge.search import make_optimizer, make_options
 from evomerge.search.base import Selective, Start
-from evomerge.search.surrogate import fit
+from evomerge.search.surrogate import fit, unknowns
 
 SPACES: dict[str, tuple[Any, int]] = {"all": ("all", 48), "buckets": ({"buckets": 2}, 128)}
 """Groups of blocks, and the budget in candidates without gradients: a design of theirs (20, 110) and a rest."""
@@ -60,10 +60,17 @@ class Problem:
         return Result(Objective(self.fitness, {}, {}).losses(e.scores), gradient=slopes)
 
 
-def search(problem: Problem, budget: int, seed: int, gradients: bool, held: tuple[Any, Any]) -> dict[str, Any]:
+def variants(axes: int) -> tuple[dict[str, Any], ...]:
+    """Settings: without gradients, with them, and with them in a design that costs what the one without does."""
+    dear = 2.0 * unknowns(axes) / (1 + GRADIENT_PRICE) / (axes + 1)
+    return {}, {"gradients": True}, {"gradients": True, "design": dear}
+
+
+def search(problem: Problem, budget: int, seed: int, settings: dict[str, Any], held: tuple[Any, Any]) -> dict[str, Any]:
     """One search to its budget, and what it found."""
     axes, notes = problem.space.axes, list[str]()
-    options = make_options("map", {"gradients": gradients})
+    options = make_options("map", settings)
+    gradients: bool = options.gradients
     start = Start(problem.space.default, len(TASKS), note=notes.append)
     opt = make_optimizer("map", axes, start, np.random.default_rng(seed), itertools.count(), options)
     assert isinstance(opt, Selective)
@@ -105,8 +112,8 @@ def main(seeds: list[int]) -> None:
         rng = np.random.default_rng(99)
         points = [frozen_genome(g) for g in rng.random((HELD_OUT, len(problem.space.axes)))]
         held = np.array(points), np.array([problem.told(g).losses for g in points])
-        for seed, gradients in itertools.product(seeds, (False, True)):
-            rows.append(search(problem, budget, seed, gradients, held))
+        for seed, settings in itertools.product(seeds, variants(len(problem.space.axes))):
+            rows.append(search(problem, budget, seed, settings, held))
             text = "[\n" + ",\n".join(json.dumps(r) for r in rows) + "\n]\n"
             (Path(__file__).parent / "gradients.json").write_text(text, encoding="utf-8")
             print(rows[-1], flush=True)
