@@ -39,8 +39,8 @@ class Options:
     r2: float = 0.5
     """Share of every loss's variance that its surrogate must predict where it was not fitted."""
     gradients: bool = False
-    """Whether the design is scored with gradients. Those of its candidates count as four each (`GRADIENT_PRICE`), so
-    beyond six axes it costs less than without."""
+    """Whether the design is scored with gradients. Its candidates then count as four each (`GRADIENT_PRICE`): up to six
+    axes that costs more than a design without, beyond less, for losses that are near quadratic."""
 
     def __post_init__(self) -> None:
         if self.population < 4:

@@ -2,7 +2,7 @@
 
 `python experiments/map/gradients.py [SEED ...]` writes gradients.json beside this file, row by row. As in map.py the
 objectives are the three tasks' mean probabilities of the right choice, weights lie within 0 and 1; an eighth of the
-calibration items, so that it takes minutes. A candidate with gradients counts as four. Of each search: how well the
+calibration items. A candidate with gradients counts as four. Of each search: how well the
 surrogates of its design predict 40 uniform points that no search looked at (R2, by objective), and the hypervolume of
 all its candidates on the items that were searched. Nothing is journalled: this is the search's loop alone.
 """
