@@ -265,15 +265,17 @@ class Experiment(_Part):
 
 
 def _plain_algorithm(name: str, options: Any) -> list[Any]:
-    return [name, dict(vars(options))]
+    given = vars(options)
+    return [name, {k: v for k, v in given.items() if k not in LATER_KEYS or v != getattr(type(options), k)}]
 
 
 LATER_KEYS = frozenset(
     {"expert", "objectives", "constraints", "measures", "few_shot", "chat_template", "system"}
     | {"preset", "columns", "values", "edits", "gold_label", "gold_text", "labels"}
+    | {"gradients"}
 )
-"""Keys of fitness and spaces that came after journals of format 1; at their defaults they are no part of the identity,
-so that runs which began before them go on."""
+"""Keys of fitness, spaces and algorithms that came after journals of format 1; at their defaults they are no part of
+the identity, so that runs which began before them go on."""
 
 
 def _without_text(part: Any) -> Any:

@@ -49,7 +49,7 @@ def layer_sensitivities(
         raise UserError(
             f"groups: by sensitivity: the experts' mean could not be differentiated ({e.reason or e.status})"
         )
-    by_block = products(fitness, e.gradients)[:, 1:]
+    [by_block] = products(fitness, e.gradients)[:, :, 1:]
     by_layer = np.zeros((manifest.layers[manifest.base], by_block.shape[1]))
     for b, row in zip(manifest.blocks.values(), by_block, strict=True):
         if b.layer is not None:

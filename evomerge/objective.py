@@ -22,23 +22,23 @@ def column_mean(scores: Scores, task: str, metric: str) -> float:
 
 
 def differentiated(spec: FitnessSpec) -> Differentiated:
-    """The tasks of the only objective with the metrics that are differentiated. KeyError where one has none."""
-    [goal] = spec.goals
-    return tuple((task.name, task.smooth[goal.metric or task.metric]) for task, _ in spec.weights_of(goal))
+    """The objectives' tasks, each once, with the metrics that are differentiated. KeyError where one has none."""
+    pairs = [(t.name, t.smooth[goal.metric or t.metric]) for goal in spec.goals for t, _ in spec.weights_of(goal)]
+    return tuple(dict.fromkeys(pairs))
 
 
 def products(spec: FitnessSpec, gradients: Gradients) -> NDArray[np.float64]:
-    """<dL/dW_b, c_k> of the loss L to minimise, shape (n_blocks, 1 + n_experts): the weighted mean over tasks.
+    """<dL/dW_b, c_k> of every objective's loss L to minimise, shape (n_objectives, n_blocks, 1 + n_experts): the
+    weighted mean over its tasks.
 
-    Of its smooth metrics, and without a floor: a step of a count has no slope, and a price on few items is noise.
+    Of their smooth metrics, and without a floor: a step of a count has no slope, and a price on few items is noise.
     """
-    [goal] = spec.goals
     metrics = dict(differentiated(spec))
     parts = [
-        share * task.sign(metrics[task.name]) * gradients[task.name].astype(np.float64)
-        for task, share in spec.weights_of(goal)
+        [share * t.sign(metrics[t.name]) * gradients[t.name].astype(np.float64) for t, share in spec.weights_of(goal)]
+        for goal in spec.goals
     ]
-    return np.sum(parts, axis=0)  # type: ignore[no-any-return]
+    return np.array([np.sum(of_goal, axis=0) for of_goal in parts])
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from evomerge.refusals import (
     check_axes,
     check_designs,
     check_gradients,
+    check_one_objective,
     check_populations,
     check_routes,
     check_tasks_for_gradients,
@@ -233,6 +234,7 @@ def prepare(
 
         if by == "size":
             return layer_sizes(FlatGeometry(pool, manifest), manifest)
+        check_one_objective(experiment, "groups: sensitivity is a gradient", "take by: size")
         check_tasks_for_gradients(experiment, "groups: sensitivity is a gradient", "take by: size")
         make = evaluator_of(experiment, manifest, dtype, plans, device)
         mean = [*baselines(manifest, dtype).values()][-1]
@@ -347,8 +349,8 @@ def allowance_of(budget: Budget, experiment: Experiment, whole: ItemSet) -> Allo
     """
     spec = experiment.search.items
     price = make_policy(spec, whole, (0, 0), lambda _: lambda _: np.zeros(1)).price
-    named = [experiment.algorithm_of(s)[0] for s in experiment.stages if not experiment.is_auto(s)]
-    sampled = spec != "full" or any(needs_of(a).gradients for a in named)
+    named = [experiment.algorithm_of(s) for s in experiment.stages if not experiment.is_auto(s)]
+    sampled = spec != "full" or any(needs_of(*a).gradients for a in named)
     return Allowance.of(budget, experiment.stages, price, sampled=sampled)
 
 

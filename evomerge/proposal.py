@@ -131,8 +131,8 @@ class Result:
     measures: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
     """The fitness's behaviour measures, shape (n_measures,); NaN where the job failed."""
     gradient: NDArray[np.float64] | None = None
-    """d(loss)/d(genome), shape (n_axes,); None where it was not asked for, and where the job failed. The loss is the
-    weighted mean over tasks (see `objective.products`)."""
+    """d(losses)/d(genome), shape (n_objectives, n_axes); None where it was not asked for, and where the job failed. A
+    loss is the weighted mean over its tasks (see `objective.products`)."""
 
     @property
     def loss(self) -> float:

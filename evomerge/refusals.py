@@ -6,6 +6,8 @@ Nothing here opens a model: the experiment, its items and its bound spaces are e
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 from evomerge.budget import Allowance
 from evomerge.config import AdaptiveItems, Experiment, Stage, fitness_of
@@ -28,12 +30,14 @@ def check_algorithms(experiment: Experiment) -> None:
     """
     for stage in experiment.stages:
         if not experiment.is_auto(stage):
-            check_algorithm(experiment, experiment.algorithm_of(stage)[0])
+            check_algorithm(experiment, *experiment.algorithm_of(stage))
 
 
-def check_algorithm(experiment: Experiment, name: str, others: Collection[str] = ALGORITHMS) -> None:
+def check_algorithm(
+    experiment: Experiment, name: str, options: Any = None, others: Collection[str] = ALGORITHMS
+) -> None:
     """The same of one algorithm; `others` are those that the error may name, if they pass themselves."""
-    needs, fitness = needs_of(name), fitness_of(experiment)
+    needs, fitness = needs_of(name, options), fitness_of(experiment)
     goals = [g.name for g in fitness.goals]
     if experiment.search.lag is not None and not needs.steady:
         raise UserError(f"search.lag: {name} learns from whole generations and has no steady state; drop lag")
@@ -60,8 +64,11 @@ def check_algorithm(experiment: Experiment, name: str, others: Collection[str] =
             f"search: {name} models the objectives and knows no constraints; use nsga-ii or nsga-iii, or make "
             "each constraint an objective"
         )
-    if needs.gradients:
+    if needs.gradients and needs.design is None:
         check_tasks_for_gradients(experiment, f"search: {name} follows gradients", "use cma-es")
+    elif needs.gradients:
+        check_tasks_for_gradients(experiment, f"search: {name} fits gradients", NO_GRADIENTS)
+        check_slopes(fitness, f"search: {name} fits values and slopes of the same losses")
     if needs.per_item_scores:
         for goal in fitness.goals:
             for task, _ in fitness.weights_of(goal):
@@ -101,18 +108,52 @@ def check_items(experiment: Experiment, algorithm: str, others: Collection[str] 
         )
 
 
+def check_one_objective(experiment: Experiment, who: str, instead: str) -> None:
+    """Raises UserError where there are several objectives."""
+    count = len(fitness_of(experiment).goals)
+    if count > 1:
+        raise UserError(f"{who}, but the fitness has {count} objectives; {instead}, or name one objective")
+
+
 def check_tasks_for_gradients(experiment: Experiment, who: str, instead: str) -> None:
-    """Raises UserError where there is not one objective, or a task of it has no gradient."""
+    """Raises UserError where a task of the objectives has no gradient."""
     fitness = fitness_of(experiment)
-    if len(fitness.goals) > 1:
-        raise UserError(f"{who}, but the fitness has {len(fitness.goals)} objectives; {instead}, or name one objective")
-    for task, _ in fitness.weights_of(fitness.goals[0]):
-        if not task.smooth:
-            able = " or ".join(name for name, kind in KINDS.items() if kind.spec.smooth)
+    for goal in fitness.goals:
+        for task, _ in fitness.weights_of(goal):
+            if not task.smooth:
+                able = " or ".join(name for name, kind in KINDS.items() if kind.spec.smooth)
+                raise UserError(
+                    f"{who}, but task {task.name!r} of kind {task.kind} has none; search on tasks of kind {able}, "
+                    f"or {instead}"
+                )
+
+
+NO_GRADIENTS = "leave `gradients` out"
+
+
+def check_slopes(fitness: FitnessSpec, who: str) -> None:
+    """Raises UserError where gradients, which are of weighted means of smooth metrics, are not those of the losses."""
+    if fitness.floor is not None:
+        raise UserError(f"{who}, and fitness.floor has a kink at the base; drop the floor, or {NO_GRADIENTS}")
+    differentiated: dict[str, str] = {}
+    for goal in fitness.goals:
+        if goal.kind != "weighted_mean":
             raise UserError(
-                f"{who}, but task {task.name!r} of kind {task.kind} has none; search on tasks of kind {able}, "
-                f"or {instead}"
+                f"{who}, and {goal.name} is of kind {goal.kind}, which has kinks; use weighted_mean, or {NO_GRADIENTS}"
             )
+        for task, _ in fitness.weights_of(goal):
+            metric = goal.metric or task.metric
+            if task.smooth[metric] != metric:
+                able = " or ".join(m for m, smooth in task.smooth.items() if m == smooth)
+                raise UserError(
+                    f"{who}, and {metric} of task {task.name!r} is a count without slope; use metric: {able}, "
+                    f"or {NO_GRADIENTS}"
+                )
+            if differentiated.setdefault(task.name, metric) != metric:
+                raise UserError(
+                    f"{who}, and a task is differentiated once, task {task.name!r} stands for "
+                    f"{differentiated[task.name]} and for {metric}; name one of them, or {NO_GRADIENTS}"
+                )
 
 
 def check_units(fitness: FitnessSpec) -> None:
@@ -130,25 +171,33 @@ def check_units(fitness: FitnessSpec) -> None:
 
 
 def check_gradients(experiment: Experiment, spaces: Sequence[SearchSpace]) -> list[str]:
-    """Notes for stages that follow gradients: what one costs, and where it is of something else than the objective.
+    """Notes for stages that are told gradients: what one costs, and where it is of something else than the objective.
 
     Raises UserError where a stage needs gradients that its space does not have.
     """
     notes = []
     fitness = fitness_of(experiment)
     for n, (stage, space) in enumerate(zip(experiment.stages, spaces, strict=True)):
-        name, _ = experiment.algorithm_of(stage)
-        if not needs_of(name).gradients:
+        name, options = experiment.algorithm_of(stage)
+        needs = needs_of(name, options)
+        if not needs.gradients:
             continue
         what = "layer routes have" if isinstance(space, RouteSpace) else "layer swapping has"
         why = space.why_no_gradient() if isinstance(space, RuleSpace) else f"{what} no derivative"
         if why is not None:
             raise UserError(f"search: {at_stage(n, experiment.stages)}{name} needs gradients, but {why}")
+        designed = "" if needs.design is None else "'s design"
         notes.append(
-            f"{at_stage(n, experiment.stages)}a candidate of {name} counts as {1 + GRADIENT_PRICE} item evaluations "
-            "for each of its items: the score, a forward and a backward pass"
+            f"{at_stage(n, experiment.stages)}a candidate of {name}{designed} counts as {1 + GRADIENT_PRICE} item "
+            "evaluations for each of its items: the score, a forward and a backward pass"
         )
-        if fitness.floor or fitness.constraints or fitness.goals[0].kind != "weighted_mean":
+        if needs.design is not None:
+            size, without = (needs.design(len(space.axes), o) for o in (options, replace(options, gradients=False)))
+            notes.append(
+                f"{at_stage(n, experiment.stages)}the {size} candidates of its design count as "
+                f"{size * (1 + GRADIENT_PRICE)}, a design without gradients has {without}"
+            )
+        elif fitness.floor or fitness.constraints or fitness.goals[0].kind != "weighted_mean":
             notes.append(
                 f"{at_stage(n, experiment.stages)}{name} follows the weighted mean of the tasks' metrics; floor, "
                 "constraints and kind of the objective count where candidates are ranked"
@@ -198,18 +247,23 @@ def check_designs(
     experiment: Experiment, spaces: Sequence[SearchSpace], experts: Sequence[str], allowance: Allowance
 ) -> None:
     """Raises UserError where a budget does not hold the design that an algorithm rests on, and a generation of what it
-    learns from it; names the budget that does."""
+    learns from it; names the budget that does. Of item evaluations, a candidate's gradient takes its price."""
     for n, (stage, space) in enumerate(zip(experiment.stages, spaces, strict=True)):
         name, options = experiment.algorithm_of(stage)
-        design, budget = needs_of(name).design, allowance.of_stage(n)
+        needs, budget = needs_of(name, options), allowance.of_stage(n)
+        design = needs.design
         if design is None or budget is None:
             continue
-        if needs_of(name).proposes == "recipes":
+        if needs.proposes == "recipes":
             size, what, fewer = len(experts), "experts", "name fewer experts"
             parts = {"of its merges": design(size, options)}
         else:
             size, what, fewer = len(space.axes), "axes", "search fewer axes (groups: all, or buckets)"
-            parts = {"of its design": design(size, options), "of the front": options.population}
+            designed, of_design = design(size, options), "of its design"
+            if needs.gradients and allowance.budget.item_evaluations is not None:
+                of_design = f"for the {designed} of its design with gradients"
+                designed *= 1 + GRADIENT_PRICE
+            parts = {of_design: designed, "of the front": options.population}
         if n == 0 and experiment.search.probes and (probes := len(space.probes())) <= budget / 4:
             parts["probes"] = probes
         wanted = sum(parts.values())

@@ -27,12 +27,12 @@ from evomerge.objective import differentiated, products
 from evomerge.pareto import compromise, fronts, order
 from evomerge.prepare import Prepared, allowance_of, gradient_shape, make_executor, needed_metrics, prepare
 from evomerge.progress import Progress, Silent
-from evomerge.proposal import GRADIENT_PRICE, Evaluation, Genome, ItemSet, Proposal, Result, Scores
+from evomerge.proposal import GRADIENT_PRICE, Differentiated, Evaluation, Genome, ItemSet, Proposal, Result, Scores
 from evomerge.rundir import BUDGET, EXPERIMENT, JOURNAL, Before, RunDirectory, before
 from evomerge.schema import validated
 from evomerge.score.plan import PlanShape
 from evomerge.search import make_optimizer, needs_of
-from evomerge.search.base import Elitist, Start
+from evomerge.search.base import Elitist, Selective, Start
 from evomerge.session import Candidate, Session, references_of
 from evomerge.space import RuleSpace
 from evomerge.tasks.base import NOTHING, Allowed
@@ -144,7 +144,7 @@ class StageRun:
         self.s, self.n, self.rundir = s, n, rundir
         experiment = s.prepared.experiment
         self.algorithm, options = experiment.algorithm_of(s.prepared.stages[n])
-        needs = needs_of(self.algorithm)
+        needs = needs_of(self.algorithm, options)
         # Algorithms that propose recipes begin from no point; runs that began before they skipped these have them.
         if n == 0 and experiment.search.probes and (needs.proposes == "genomes" or s.journal.asked_as("probe")):
             score_probes(s, allowance, rundir)
@@ -197,8 +197,9 @@ class StageRun:
             asked = sum(c.role == "search" for c in s.candidates.values()) + len(outstanding)
             left = 0
             incumbents = self._incumbents()
+            gradients = self._differentiated()
             if not self.optimizer.stop():
-                price = self.policy.price * (1 + GRADIENT_PRICE * bool(self.gradients))
+                price = self.policy.price * (1 + GRADIENT_PRICE * bool(gradients))
                 spent = s.spent + price * len(incumbents)
                 left = allowance.left(self.n, asked, s.journal, self.rundir, spent=spent, price=price)
             room = left if lag is None else min(left, lag - len(outstanding))
@@ -210,14 +211,14 @@ class StageRun:
             if items.id == self.items.id:
                 incumbents = []
             self.items = items
-            s.submit([*incumbents, *group], items, gradients=self.gradients)
+            s.submit([*incumbents, *group], items, gradients=gradients)
             before = s.committer.evaluated
             self._renew(incumbents, items, outstanding[0].proposal.group)
             members, results = [], {}
             for _ in range(len(outstanding) if lag is None else 1):
                 candidate = outstanding.popleft()
                 fresh = not s.journal.replaying
-                evaluation = s.commit(candidate, items, gradients=self.gradients)
+                evaluation = s.commit(candidate, items, gradients=gradients)
                 members.append(candidate)
                 results[candidate.id] = self._told(candidate, evaluation, items)
                 recent.append(evaluation if fresh else Evaluation("ok"))
@@ -235,6 +236,11 @@ class StageRun:
         """What ended `advance`: the algorithm with its own reasons, else the budget."""
         reasons = ", ".join(f"{name} {value:g}" for name, value in sorted(self.optimizer.stop().items()))
         return f"{self.algorithm} ({reasons})" if reasons else BUDGET
+
+    def _differentiated(self) -> Differentiated:
+        """What the next proposals are differentiated by."""
+        wanted = not isinstance(self.optimizer, Selective) or self.optimizer.differentiates
+        return self.gradients if wanted else ()
 
     def _incumbents(self) -> list[Candidate]:
         """Who competes with the next generation and so has to be scored on its items."""
@@ -296,7 +302,7 @@ class StageRun:
             assert isinstance(space, RuleSpace)
             assert genome is not None
             by_block = products(fitness_of(prepared.experiment), e.gradients)
-            r = replace(r, gradient=space.gradient(genome, by_block, prepared.manifest))
+            r = replace(r, gradient=np.array([space.gradient(genome, g, prepared.manifest) for g in by_block]))
         if r.violation == 0.0 or self.optimizer.needs.constraints:
             return r
         return replace(r, losses=np.full_like(r.losses, VIOLATED + r.violation))

@@ -11,11 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from evomerge import config
 from evomerge.check import check, text
 from evomerge.config import Experiment, StagedSpec, load, parse_overrides
 from evomerge.errors import UserError
 from evomerge.fitness import FitnessSpec, resolve_fitness
 from evomerge.library import entries
+from evomerge.search import make_options
 from evomerge.space import SpaceSpec
 from evomerge.yamlio import MAX_BYTES, dump_yaml
 
@@ -421,6 +423,16 @@ def test_identity_leaves_out_what_changes_no_result(overrides: Data) -> None:
 def test_identity_has_what_determines_results(overrides: Data) -> None:
     """Seed, finalists, algorithm, settings, space and fitness change the experiment's id."""
     assert identity(overrides) != identity()
+
+
+def test_later_settings_leave_earlier_runs_their_identity() -> None:
+    """A setting that came later counts only where it is not at its default."""
+    small = {"search.algorithm": "map", "search.budget": {"evaluations": 40}}
+
+    plain = {"population": 10, "design": 2.0, "r2": 0.5}
+    assert config._plain_algorithm("map", make_options("map", {})) == ["map", plain]
+    assert identity({**small, "search.gradients": False}) == identity(small)
+    assert identity({**small, "search.gradients": True}) != identity(small)
 
 
 def test_identity_has_models_items_and_type() -> None:

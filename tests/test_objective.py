@@ -290,7 +290,20 @@ def test_products_are_the_weighted_mean_with_its_sign() -> None:
     a, b = np.ones((2, 3), np.float32), np.full((2, 3), 10.0, np.float32)
 
     assert differentiated(spec) == (("t0", "probability"), ("t1", "cross_entropy"))
+    assert products(spec, {"t0": a, "t1": b}).shape == (1, 2, 3)
     assert np.allclose(products(spec, {"t0": a, "t1": b}), -0.75 + 2.5)
+
+
+def test_several_objectives_share_their_tasks_gradients() -> None:
+    """One gradient for each task, however many objectives it is in; every objective has its own weighted mean."""
+    goals = [{"name": "first", "tasks": ["t0"]}, {"name": "both", "tasks": {"t0": 1.0, "t1": 3.0}}]
+    spec = fitness({"metric": "probability"}, {"metric": "cross_entropy"}, objectives=goals)
+    a, b = np.ones((2, 3), np.float32), np.full((2, 3), 10.0, np.float32)
+
+    assert differentiated(spec) == (("t0", "probability"), ("t1", "cross_entropy"))
+    first, both = products(spec, {"t0": a, "t1": b})
+    assert np.allclose(first, -1.0)
+    assert np.allclose(both, -0.25 + 7.5)
 
 
 def test_counts_are_differentiated_as_what_they_round() -> None:

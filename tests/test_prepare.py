@@ -117,6 +117,10 @@ def test_stages_must_be_able_to_follow(experiment_with: With, fine: dict[str, An
 TWO = {"fitness.objectives": [{"name": "sums", "tasks": ["sums"]}, {"name": "words", "tasks": ["words"]}]}
 
 
+def goals(first: dict[str, Any]) -> dict[str, Any]:
+    return {"fitness.objectives": [{"name": "first", "tasks": ["sums"], **first}, {"name": "all"}]}
+
+
 def searching(algorithm: str, evaluations: int, **settings: Any) -> dict[str, Any]:
     return {"search": {"algorithm": algorithm, "seed": 3, "budget": {"evaluations": evaluations}, **settings}}
 
@@ -151,6 +155,39 @@ def searching(algorithm: str, evaluations: int, **settings: Any) -> dict[str, An
             "map models the objectives and knows no constraints; use nsga-ii",
         ),
         (searching("map", 40), "map is for several objectives, the fitness has one; use cma-es or"),
+        (
+            searching("map", 9, population=4, probes=False, gradients=True) | TWO,
+            r"map needs 10 candidates for 2 axes \(6 of its design, 4 of the front\), the budget is 9; raise it, ",
+        ),
+        (
+            searching("map", 0, population=4, probes=False, gradients=True)
+            | {"search.budget": {"item_evaluations": 27 * 24 + 23}}
+            | TWO,
+            r"map needs 28 candidates for 2 axes \(24 for the 6 of its design with gradients, 4 of the front\), the "
+            r"budget is 27",
+        ),
+        (
+            searching("map", 40, gradients=True) | TWO | {"search_space.method": "ties"},
+            "map needs gradients, but ties is not linear in its coefficients; use linear or task_arithmetic",
+        ),
+        (
+            searching("map", 40, gradients=True) | TWO | {"fitness.floor": {"penalty": 2.0}},
+            "map fits values and slopes of the same losses, and fitness.floor has a kink at the base; drop the floor, "
+            "or leave `gradients` out",
+        ),
+        (
+            searching("map", 40, gradients=True) | goals({"kind": "recovered_gain"}),
+            "and first is of kind recovered_gain, which has kinks; use weighted_mean, or leave `gradients` out",
+        ),
+        (
+            searching("map", 40, gradients=True) | goals({"metric": "accuracy"}),
+            "and accuracy of task 'sums' is a count without slope; use metric: probability or cross_entropy or "
+            "answer_loss, or leave `gradients` out",
+        ),
+        (
+            searching("map", 40, gradients=True) | goals({"metric": "probability"}),
+            "task 'sums' stands for probability and for cross_entropy; name one of them, or leave `gradients` out",
+        ),
         (
             searching("bayesian-map", 400) | TWO | {"search_space.groups": "layer-modules"},
             r"bayesian-map is for at most 6 axes, the space has \d+; search fewer \(groups: all\), or use map",

@@ -14,15 +14,19 @@ import pytest
 
 from evomerge.canonical import decode_array, encode_array
 from evomerge.check import check, text
-from evomerge.config import load
+from evomerge.config import fitness_of, load
 from evomerge.errors import UserError
 from evomerge.evaluate import MergeEvaluator
 from evomerge.history import History
 from evomerge.journal import read, seal
+from evomerge.objective import Objective, differentiated, products
+from evomerge.prepare import prepare
+from evomerge.proposal import Job, WorkUnit, frozen_genome
 from evomerge.report.page import run_page
 from evomerge.report.results import text_table
 from evomerge.report.status import status, status_text
 from evomerge.run import run
+from evomerge.space import RuleSpace
 
 With = Callable[..., Any]
 SPACE = {"method": "task_arithmetic", "axes": {"weight": {"low": -0.5, "high": 1.5, "default": "uniform"}}}
@@ -166,6 +170,80 @@ def test_two_workers_write_the_same(finished: Path, plain: With, tmp_path: Path)
     run(plain(**STAGED, **{"workers.backend": "local", "workers.count": 2}), tmp_path / "out")
 
     assert (tmp_path / "out" / "journal.jsonl").read_bytes() == (finished / "journal.jsonl").read_bytes()
+
+
+MAP: dict[str, Any] = {
+    "search": {"algorithm": "map", "gradients": True, "population": 4, "r2": -1e9, "probes": False, "seed": 3},
+    "search.budget": {"item_evaluations": 24 * 37},
+    "search.finalists": 3,
+    "fitness.objectives": [{"name": "sums", "tasks": ["sums"]}, {"name": "all", "tasks": {"sums": 1, "words": 2}}],
+}
+
+
+@pytest.fixture
+def mapped(plain: With, tmp_path_factory: pytest.TempPathFactory, request: Any) -> Path:
+    """The run directory of a MAP with gradients; made once, read only."""
+    cached = request.config.cache_of_gradients = getattr(request.config, "cache_of_gradients", {})
+    if "map" not in cached:
+        cached["map"] = tmp_path_factory.mktemp("gradients") / "map"
+        run(plain(**MAP), cached["map"])
+    return Path(cached["map"])
+
+
+def test_a_design_has_its_price_and_a_front_its_own(mapped: Path) -> None:
+    """Two axes: six candidates with the gradients of both tasks, which count as four each, then plain ones."""
+    events = events_of(mapped)
+    search = [e["id"] for e in events if e["kind"] == "asked" and e["role"] == "search"]
+    told = {e["id"]: e for e in events if e["kind"] == "told" and e["id"] in search and not e.get("cached")}
+    h = History.read(mapped)
+
+    assert ["gradients" in told[i] for i in search[:6]] == [True] * 6
+    assert not any("gradients" in e for i, e in told.items() if i not in search[:6])
+    assert all({*told[i]["gradients"]} == {"sums", "words"} for i in search[:6])
+    assert len(search) == 6 + 37 - 6 * 4
+    baselines = [e for e in h.entries.values() if e.role == "baseline"]
+    assert h.evaluated["search"] == 24 * (37 + len(baselines))
+
+
+def test_gradients_are_the_slopes_of_the_losses(mapped: Path) -> None:
+    """From the journal: the change of each objective between two near points is what the gradients there say."""
+    h = History.read(mapped)
+    prepared = prepare(h.experiment)
+    fitness, evaluator, space = fitness_of(prepared.experiment), prepared.evaluator()(), prepared.spaces[0]
+    assert isinstance(space, RuleSpace)
+    objective = Objective(fitness, {}, {})
+    [told] = [e for e in events_of(mapped) if "gradients" in e][2:3]
+    genome = frozen_genome(decode_array(next(e["genome"] for e in events_of(mapped) if e.get("id") == told["id"])))
+    genome = frozen_genome(np.clip(genome, 0.1, 0.9))
+
+    def losses(g: Any) -> tuple[Any, Any]:
+        job = Job(0, 0, space.decode(frozen_genome(g), h.manifest), prepared.items["search"], differentiated(fitness))
+        [(e, _)] = evaluator.evaluate(WorkUnit(0, (job,)))
+        assert e.scores is not None
+        assert e.gradients is not None
+        by_goal = [space.gradient(frozen_genome(g), b, h.manifest) for b in products(fitness, e.gradients)]
+        return objective.losses(e.scores), np.array(by_goal)
+
+    for step in 0.01 * np.eye(2):
+        (a, _), (b, _), (_, slopes) = losses(genome - step), losses(genome + step), losses(genome)
+        assert slopes.shape == (2, 2)
+        assert (b - a) / 0.02 == pytest.approx(slopes @ step / 0.01, rel=0.05, abs=0.02 * np.abs(slopes).max())
+
+
+@pytest.mark.slow
+def test_two_workers_make_the_same_map(mapped: Path, plain: With, tmp_path: Path) -> None:
+    """Two processes instead of the driver itself: the same journal to the byte."""
+    run(plain(**MAP, **{"workers.backend": "local", "workers.count": 2}), tmp_path / "out")
+
+    assert (tmp_path / "out" / "journal.jsonl").read_bytes() == (mapped / "journal.jsonl").read_bytes()
+
+
+def test_check_says_what_a_design_counts_as(plain: With) -> None:
+    """With gradients and without, so that nobody pays for what fewer axes do not repay."""
+    said = text(check(plain(**MAP)))
+
+    assert "a candidate of map's design counts as 4 item evaluations for each of its items" in said
+    assert "the 6 candidates of its design count as 24, a design without gradients has 12" in said
 
 
 @pytest.mark.parametrize("damage", ["missing", "shape", "nan", "task", "text"])

@@ -65,9 +65,10 @@ def _class(algorithm: str) -> Any:
     return getattr(_module(algorithm), ALGORITHMS[algorithm].where.partition(":")[2])
 
 
-def needs_of(algorithm: str) -> Needs:
-    """What an algorithm asks of the driver. Raises UserError for an unknown name."""
-    return _class(algorithm).needs  # type: ignore[no-any-return]
+def needs_of(algorithm: str, options: Any = None) -> Needs:
+    """What an algorithm asks of the driver, with these options. Raises UserError for an unknown name."""
+    needs: Needs = _class(algorithm).needs
+    return dataclasses.replace(needs, gradients=getattr(options, "gradients", needs.gradients))
 
 
 def settings_of(algorithm: str) -> frozenset[str]:

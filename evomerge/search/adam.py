@@ -90,7 +90,7 @@ class Adam:
             return
         self._scored = p.genome
         self._t += 1
-        o, g = self._options, r.gradient
+        o, [g] = self._options, r.gradient
         self._m = o.beta1 * self._m + (1 - o.beta1) * g
         self._v = o.beta2 * self._v + (1 - o.beta2) * g**2
         m_hat = self._m / (1 - o.beta1**self._t)

@@ -43,7 +43,7 @@ class Needs:
     most_axes: int | None = None
     """Axes beyond which it is of no use; None where there is no such number."""
     gradients: bool = False
-    """Whether it is told `Result.gradient`."""
+    """Whether it is told `Result.gradient`; an option `gradients`, where there is one, decides (`needs_of`)."""
     methods: tuple[str, ...] = ("linear",)
     """Merge methods of the recipes that it proposes; genomes have their space's."""
     routes: bool = False
@@ -97,6 +97,16 @@ class Elitist(Optimizer, Protocol):
 
         Raises ValueError for anybody else, and for a NaN loss.
         """
+        ...
+
+
+@runtime_checkable
+class Selective(Optimizer, Protocol):
+    """An optimizer that is told gradients, which have their price, of some proposals only."""
+
+    @property
+    def differentiates(self) -> bool:
+        """Whether those of the next proposals are asked for."""
         ...
 
 

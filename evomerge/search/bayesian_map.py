@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from evomerge.proposal import Genome
 from evomerge.search.map import Map
 from evomerge.search.map import Options as MapOptions
-from evomerge.search.surrogate import Points, unknowns
+from evomerge.search.surrogate import Points
 
 FIRST = 0.6
 """Share of the design before the first round."""
@@ -51,8 +51,8 @@ class BayesianMap(Map):
 
     @property
     def _first(self) -> int:
-        """Candidates before the first round: at least as many as a fit has unknowns."""
-        whole, least = self._options.evaluations(len(self._axes)), unknowns(len(self._axes))
+        """Candidates before the first round: at least as many as a fit needs."""
+        whole, least = self._options.evaluations(len(self._axes)), self._options.least(len(self._axes))
         return min(max(math.ceil(FIRST * whole), least), whole)
 
     def _missing(self) -> int:

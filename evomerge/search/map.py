@@ -4,7 +4,8 @@
 points is evaluated, every loss is fitted by a quadratic behind a link, and the front is searched on the fits, which
 costs nothing. Differences: the front is searched within the box that was sampled, not beyond it; its members are
 evaluated, those first that are farthest from what is known, and the fits are made anew with them, generation by
-generation; and fits that do not predict left-out candidates are refused: then NSGA-II goes on from what was evaluated.
+generation; fits that do not predict left-out candidates are refused: then NSGA-II goes on from what was evaluated; and
+fits may rest on the losses' slopes at the points of the design, of which then few are needed.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from evomerge.pareto import Losses, order
 from evomerge.proposal import Genome, Proposal, Result, frozen_genome
@@ -21,7 +23,7 @@ from evomerge.search.base import Ids, Needs, Start, check_told
 from evomerge.search.nsga2 import Nsga2
 from evomerge.search.nsga2 import Options as Nsga2Options
 from evomerge.search.optuna_study import LAST_BITS
-from evomerge.search.surrogate import Points, Surrogate, farthest, fit, front_of, losses_of, unknowns
+from evomerge.search.surrogate import Points, Surrogate, farthest, fit, front_of, least_points, losses_of
 from evomerge.space import Axis
 
 
@@ -32,9 +34,13 @@ class Options:
     population: int = 10
     """Candidates per generation: of the design, of the surrogates' front, and of NSGA-II where they are refused."""
     design: float = 2.0
-    """Candidates of the design, as a multiple of a quadratic's (n + 1)(n + 2)/2 unknowns for n axes."""
+    """Candidates of the design, as a multiple of those that determine a quadratic of n axes: (n + 1)(n + 2)/2, with
+    gradients n + 1."""
     r2: float = 0.5
     """Share of every loss's variance that its surrogate must predict where it was not fitted."""
+    gradients: bool = False
+    """Whether the design is scored with gradients. Its candidates then count as four each (`GRADIENT_PRICE`): up to six
+    axes that costs more than a design without, beyond less, for losses that are near quadratic."""
 
     def __post_init__(self) -> None:
         if self.population < 4:
@@ -46,7 +52,11 @@ class Options:
 
     def evaluations(self, axes: int) -> int:
         """Candidates of the design."""
-        return max(int(np.ceil(self.design * unknowns(axes))), 2)
+        return max(int(np.ceil(self.design * self.least(axes))), 2)
+
+    def least(self, axes: int) -> int:
+        """Candidates without which there is no surrogate."""
+        return least_points(axes, slopes=self.gradients)
 
 
 class Map:
@@ -82,7 +92,8 @@ class Map:
         self._asked: set[bytes] = set()
         self._genomes: list[Genome] = []
         self._losses: list[Losses] = []
-        """What was told and did not fail."""
+        self._slopes: list[NDArray[np.float64]] = []
+        """What was told and did not fail; slopes of shape (n_objectives, n_axes), NaN where they were not asked for."""
         self._nsga2: Nsga2 | None = None
 
     def ask(self, n: int) -> list[Proposal]:
@@ -113,6 +124,11 @@ class Map:
         self._queue = [Proposal(next(self._ids), self._group, genome=g) for g in genomes]
         self._waiting = {p.id: g for p, g in zip(self._queue, genomes, strict=True)}
 
+    @property
+    def differentiates(self) -> bool:
+        """The design with gradients, what follows without: of the front the losses are wanted, and of many."""
+        return self._options.gradients and self._missing() > 0
+
     def _missing(self) -> int:
         """Candidates that the design, or this part of it, still lacks; 0 where it is complete."""
         return max(self._options.evaluations(len(self._axes)) - len(self._losses), 0)
@@ -127,8 +143,10 @@ class Map:
         return list(self._snapped(np.array(points).reshape(k, len(self._axes))))
 
     def _surrogates(self) -> list[Surrogate]:
-        points, losses = np.array(self._genomes), np.array(self._losses)
-        return [fit(points, losses[:, i]) for i in range(losses.shape[1])]
+        points, losses, slopes = (np.array(told) for told in (self._genomes, self._losses, self._slopes))
+        return [
+            fit(points, losses[:, i], slopes[:, i] if self._options.gradients else None) for i in range(losses.shape[1])
+        ]
 
     def _front(self, surrogates: Sequence[Surrogate], k: int) -> list[Genome]:
         """Up to k members of the surrogates' front that were not asked before, far from what is known."""
@@ -160,14 +178,20 @@ class Map:
         self._nsga2 = nsga2
 
     def tell(self, p: Proposal, r: Result) -> None:
-        """Report one result. Raises ValueError for a stranger, told twice, or a NaN loss."""
+        """Report one result. Raises ValueError for a stranger, told twice, a NaN loss, or in a design with gradients
+        none."""
         if self._nsga2 is not None:
             self._nsga2.tell(p, r)
             return
         check_told(p, r, self._waiting, self._begin.objectives)
+        scored = bool(np.isfinite(r.losses).all())
+        if scored and self.differentiates and r.gradient is None:
+            raise ValueError(f"proposal {p.id} was told without its gradient")
         asked = self._waiting.pop(p.id)
-        if np.isfinite(r.losses).all():
+        if scored:
             assert p.genome is not None
+            unknown = np.full((len(r.losses), len(self._axes)), np.nan)
+            self._slopes.append(unknown if r.gradient is None else r.gradient)
             # Of a journal from another host the point that was scored counts, but last bits are not worth another path.
             self._genomes.append(p.genome if np.max(np.abs(p.genome - asked)) > LAST_BITS else asked)
             self._losses.append(r.losses)

@@ -4,6 +4,12 @@ Near the base a metric is by Taylor's theorem a quadratic in merge coefficients;
 keeps its surrogate within bounds: MAP, "Low-Compute Model Merging with Amortized Pareto Fronts via Quadratic
 Approximation", arXiv 2406.07529, section 3. How far a surrogate can be trusted is told by candidates that were left
 out of its fit. That is also how the link and the strength of regularisation are chosen.
+
+Slopes of a loss may be told beside its values, an equation more for each axis. They are not all new: two points say the
+change between them twice, three the same second derivative twice. What they leave open is a quadratic's restriction to
+the directions that no two points differ in, so n + 1 points in general position are needed for n axes, not the
+unknowns over n + 1 (the exception of quadrics in Alexander and Hirschowitz 1995, "Polynomial interpolation in several
+variables").
 """
 
 from __future__ import annotations
@@ -32,11 +38,18 @@ class Link(NamedTuple):
     """Bounds of the losses that it can express."""
     value: Callable[[Values], Values]
     slope: Callable[[Values], Values]
+    bend: Callable[[Values], Values]
+    """Its first and second derivative."""
     inverse: Callable[[Values], Values]
 
 
 def _sigmoid(x: Values) -> Values:
     return 0.5 * (1.0 + np.tanh(0.5 * x))
+
+
+def _bump(x: Values) -> Values:
+    """The sigmoid's derivative."""
+    return _sigmoid(x) * _sigmoid(-x)
 
 
 def _logit(y: Values) -> Values:
@@ -55,14 +68,15 @@ def _logistic(low: float) -> Link:
         low,
         low + 1.0,
         lambda q: low + _sigmoid(q),
-        lambda q: _sigmoid(q) * _sigmoid(-q),
+        _bump,
+        lambda q: _bump(q) * (_sigmoid(-q) - _sigmoid(q)),
         lambda y: _logit(y - low),
     )
 
 
 LINKS = (
-    Link("identity", -np.inf, np.inf, lambda q: q, np.ones_like, lambda y: y),
-    Link("softplus", 0.0, np.inf, lambda q: np.logaddexp(0.0, q), _sigmoid, _softplus_inverse),
+    Link("identity", -np.inf, np.inf, lambda q: q, np.ones_like, np.zeros_like, lambda y: y),
+    Link("softplus", 0.0, np.inf, lambda q: np.logaddexp(0.0, q), _sigmoid, _bump, _softplus_inverse),
     _logistic(-1.0),
     _logistic(0.0),
 )
@@ -73,9 +87,20 @@ RIDGES = (1e-8, 1e-2, 0.1, 1.0, 10.0)
 the loss is at its mean, in standard deviations."""
 
 
+SLOPE_WEIGHT = 42**-0.5
+"""Of a slope's residual beside a value's, genes from -1 to 1. The first that a quadratic cannot express is a cubic, and
+of the Legendre polynomial P3 the mean square is 1/7, that of its derivative 6: so weighted, a point's slopes count in
+the misfit as much as its value does."""
+
+
 def unknowns(axes: int) -> int:
     """Coefficients of a quadratic: (n + 1)(n + 2)/2 for n axes."""
     return (axes + 1) * (axes + 2) // 2
+
+
+def least_points(axes: int, *, slopes: bool) -> int:
+    """Points that determine a quadratic: as many as it has unknowns, or n + 1 where slopes are told."""
+    return axes + 1 if slopes else unknowns(axes)
 
 
 @dataclass(frozen=True)
@@ -97,46 +122,77 @@ class Surrogate:
         return self.link.value(_features(np.clip(points, self.low, self.high)) @ self.coefficients)
 
 
-def fit(points: Points, losses: Values) -> Surrogate:
+def fit(points: Points, losses: Values, slopes: Points | None = None) -> Surrogate:
     """The surrogate whose left-out errors are least, over `RIDGES` and those `LINKS` that can express the losses.
 
-    Raises ValueError where there are fewer points than unknowns.
+    `slopes` are d(loss)/d(gene), shape (n, n_axes), rows of NaN where they are not known. Raises ValueError where
+    there are fewer points than determine a quadratic.
     """
     n, axes = points.shape
-    if n < unknowns(axes):
-        raise ValueError(f"a quadratic of {axes} axes has {unknowns(axes)} unknowns, got {n} points")
+    told = 0 if slopes is None else int(np.isfinite(slopes).all(axis=1).sum())
+    if n < unknowns(axes) and told < least_points(axes, slopes=True):
+        also = f", {told} of them with slopes" if told else ""
+        raise ValueError(f"a quadratic of {axes} axes has {unknowns(axes)} unknowns, got {n} points{also}")
     able = [link for link in LINKS if link.low <= losses.min() and losses.max() <= link.high]
-    return max((_fit(points, losses, link, ridge) for link in able for ridge in RIDGES), key=lambda s: s.r2)
+    return max((_fit(points, losses, link, ridge, slopes) for link in able for ridge in RIDGES), key=lambda s: s.r2)
 
 
-def _fit(points: Points, losses: Values, link: Link, ridge: float) -> Surrogate:
+def _fit(points: Points, losses: Values, link: Link, ridge: float, slopes: Points | None = None) -> Surrogate:
     """Regularised non-linear least squares from the fit of the linked losses.
 
-    The left-out errors are those of the model made linear at the solution, which are exact for the identity
-    (Allen 1974, PRESS) and one Newton step otherwise.
+    A point's equations are left out together. The left-out errors are those of the model made linear at the solution,
+    which are exact for the identity (Allen 1974, PRESS) and one Newton step otherwise.
     """
     from scipy.optimize import least_squares
 
     x = _features(points)
     n, unknown = x.shape
+    slopes = np.full_like(points, np.nan) if slopes is None else slopes
+    sloped = np.flatnonzero(np.isfinite(slopes).all(axis=1))
+    known = slopes[sloped] / 2  # by genes from -1 to 1
+    by_axis = SLOPE_WEIGHT * _derivatives(points[sloped])
     scale = float(losses.std()) or 1.0
     effect = float(link.slope(link.inverse(losses.mean(keepdims=True)))[0]) / scale
     penalty = np.sqrt(ridge) * effect * np.eye(unknown)[1:]
 
     def residual(c: Values) -> Values:
-        return np.concatenate([(link.value(x @ c) - losses) / scale, penalty @ c])
+        q = x @ c
+        off = link.slope(q[sloped])[:, None] * (by_axis @ c) - SLOPE_WEIGHT * known
+        return np.concatenate([(link.value(q) - losses) / scale, off.ravel() / scale, penalty @ c])
 
     def jacobian(c: Values) -> NDArray[np.float64]:
-        return np.vstack([link.slope(x @ c)[:, None] * x / scale, penalty])
+        q = x @ c
+        slope, bend = link.slope(q), (link.bend(q[sloped])[:, None] * (by_axis @ c))[:, :, None]
+        off = slope[sloped, None, None] * by_axis + bend * x[sloped, None]
+        return np.vstack([slope[:, None] * x / scale, off.reshape(-1, unknown) / scale, penalty])
 
-    first = np.linalg.lstsq(np.vstack([x, penalty]), np.append(link.inverse(losses), np.zeros(unknown - 1)))[0]
+    linked = link.inverse(losses)
+    rates = SLOPE_WEIGHT * known / link.slope(linked[sloped])[:, None]
+    first = np.linalg.lstsq(
+        np.vstack([x, by_axis.reshape(-1, unknown), penalty]),
+        np.concatenate([linked, rates.ravel(), np.zeros(unknown - 1)]),
+    )[0]
     c = least_squares(residual, first, jacobian, method="lm", ftol=1e-12, xtol=1e-12, gtol=1e-12).x
-    leverage = (np.linalg.qr(jacobian(c))[0][:n] ** 2).sum(axis=1)
-    errors = residual(c)[:n] / np.maximum(1.0 - leverage, 1e-9)
+    q, off = np.linalg.qr(jacobian(c))[0], residual(c)
+    alone, rows = np.arange(n)[:, None], n + np.arange(known.size).reshape(known.shape)
+    errors = _left_out(q[alone], off[alone])[:, 0]
+    if sloped.size:
+        rows = np.hstack([alone[sloped], rows])
+        errors[sloped] = _left_out(q[rows], off[rows])[:, 0]
     # Against the mean of the others, which leaves the same point out.
     by_mean = (losses - losses.mean()) / scale * n / (n - 1)
     r2 = 1.0 - float((errors**2).sum() / (by_mean**2).sum()) if by_mean.any() else 1.0
     return Surrogate(link, ridge, c, points.min(axis=0), points.max(axis=0), errors, r2)
+
+
+def _left_out(q: NDArray[np.float64], residuals: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Residuals of points that are left out of a linear fit, shape (n, rows): (I - H)^-1 r, H a point's block of Q Q'.
+
+    `q` are the rows of Q by point, shape (n, rows, unknowns). Where the others leave a direction open, 1e-9 stands in.
+    """
+    rest, turn = np.linalg.eigh(np.eye(q.shape[1]) - (q[:, :, None] * q[:, None]).sum(axis=3))
+    turned = np.einsum("nij,ni->nj", turn, residuals) / np.maximum(rest, 1e-9)
+    return np.einsum("nij,nj->ni", turn, turned)  # type: ignore[no-any-return]
 
 
 def _features(points: Points) -> NDArray[np.float64]:
@@ -144,6 +200,16 @@ def _features(points: Points) -> NDArray[np.float64]:
     u = 2.0 * points - 1.0
     i, j = np.triu_indices(u.shape[1])
     return np.hstack([np.ones((len(u), 1)), u, u[:, i] * u[:, j]])
+
+
+def _derivatives(points: Points) -> NDArray[np.float64]:
+    """Of the features by every gene from -1 to 1, shape (n, n_axes, unknowns)."""
+    u = 2.0 * points - 1.0
+    n, axes = u.shape
+    i, j = np.triu_indices(axes)
+    one = np.eye(axes)
+    products = u[:, None, i] * one[:, j] + one[:, i] * u[:, None, j]
+    return np.concatenate([np.zeros((n, axes, 1)), np.broadcast_to(one, (n, axes, axes)), products], axis=2)
 
 
 # -- the front of surrogates ----------------------------------------------------------------------------------

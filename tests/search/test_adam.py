@@ -31,7 +31,7 @@ def step(opt: Adam, gradient: Any) -> Genome:
     if gradient is None:
         opt.tell(p, Result(np.array([math.inf]), "failed:nan"))
     else:
-        opt.tell(p, Result(np.array([1.0]), gradient=np.asarray(gradient, dtype=np.float64)))
+        opt.tell(p, Result(np.array([1.0]), gradient=np.atleast_2d(gradient).astype(np.float64)))
     return p.genome
 
 
@@ -107,7 +107,7 @@ def test_a_result_without_gradient_is_refused() -> None:
         opt.tell(p, Result(np.array([1.0])))
 
     assert isinstance(p, Proposal)
-    opt.tell(p, Result(np.array([1.0]), gradient=np.ones(3)))
+    opt.tell(p, Result(np.array([1.0]), gradient=np.ones((1, 3))))
     assert opt.ask(1)
 
 

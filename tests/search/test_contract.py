@@ -14,13 +14,18 @@ from evomerge.errors import UserError
 from evomerge.proposal import Genome, Proposal, Result, frozen_genome
 from evomerge.search import ALGORITHMS, make_optimizer, make_options, needs_of
 from evomerge.search.archive import Dimension
-from evomerge.search.base import Optimizer, Start
+from evomerge.search.base import Needs, Optimizer, Selective, Start
 from evomerge.space import Axis
 
-SLOW = {"gp": 14, "bayesian-map": 50}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "map with gradients": ("map", {"gradients": True}),
+    "bayesian-map with gradients": ("bayesian-map", {"gradients": True}),
+}
+"""Settings that ask something else of the driver take the exam too."""
+SLOW = {"gp": 14, "bayesian-map": 50, "bayesian-map with gradients": 50}
 """Algorithms that take long to ask: their exam is in the slow tier, with as many evaluations where more are no better
 an exam: for gp ten uniform points and one group of the process, for bayesian-map its design and two generations."""
-GENOMES = [a for a in ALGORITHMS if needs_of(a).proposes == "genomes"]
+GENOMES = [*(a for a in ALGORITHMS if needs_of(a).proposes == "genomes"), *VARIANTS]
 """Those that propose recipes have an exam of their own (test_recipes.py)."""
 pytestmark = pytest.mark.parametrize(
     "algorithm", [pytest.param(a, marks=[pytest.mark.slow] if a in SLOW else []) for a in GENOMES]
@@ -37,24 +42,38 @@ def floats(n: int) -> tuple[Axis, ...]:
     return tuple(Axis(f"x{i}") for i in range(n))
 
 
+def options_of(algorithm: str, settings: dict[str, Any]) -> Any:
+    name, own = VARIANTS.get(algorithm, (algorithm, {}))
+    return make_options(name, {**own, **settings})
+
+
+def needs(algorithm: str) -> Needs:
+    return needs_of(VARIANTS.get(algorithm, (algorithm,))[0], options_of(algorithm, {}))
+
+
+def made(algorithm: str, axes: Sequence[Axis], start: Start, rng: Any, ids: Any, **settings: Any) -> Optimizer:
+    name = VARIANTS.get(algorithm, (algorithm,))[0]
+    return make_optimizer(name, axes, start, rng, ids, options_of(algorithm, settings))
+
+
 def optimizer(
     algorithm: str, axes: Sequence[Axis] | int = 3, seed: int = 1, start: float = 0.3, first_id: int = 0
 ) -> Optimizer:
     axes = floats(axes) if isinstance(axes, int) else axes
     rng = np.random.Generator(np.random.PCG64(seed))
     begin = start_at(algorithm, frozen_genome(np.full(len(axes), start)))
-    return make_optimizer(algorithm, axes, begin, rng, itertools.count(first_id), make_options(algorithm, {}))
+    return made(algorithm, axes, begin, rng, itertools.count(first_id))
 
 
 def start_at(algorithm: str, genome: Genome) -> Start:
     """A start with as many objectives as an algorithm needs, and measures where it needs them."""
-    needs = needs_of(algorithm)
-    return Start(genome, 2 if needs.objectives == "several" else 1, measures=MEASURES if needs.measures else ())
+    count = 2 if needs(algorithm).objectives == "several" else 1
+    return Start(genome, count, measures=MEASURES if needs(algorithm).measures else ())
 
 
 def skip_without_choices(algorithm: str) -> None:
     """Models of the losses need ordered axes; `prepare` refuses others for them."""
-    if "categorical" not in needs_of(algorithm).axis_kinds:
+    if "categorical" not in needs(algorithm).axis_kinds:
         pytest.skip("searches ordered axes only")
 
 
@@ -72,13 +91,15 @@ def told(loss: float, opt: Optimizer, p: Proposal) -> Result:
     are measured."""
     count = 2 if opt.needs.objectives == "several" else 1
     status = "ok" if math.isfinite(loss) else "failed:nan"
-    gradient = 2 * (genome_of(p) - 0.71) if opt.needs.gradients and math.isfinite(loss) else None
+    asked = opt.differentiates if isinstance(opt, Selective) else opt.needs.gradients
+    slope = 2 * (genome_of(p) - 0.71)
+    gradient = np.array([slope, 2 * slope][:count]) if asked and math.isfinite(loss) else None
     measures = genome_of(p)[[0, -1]] if opt.needs.measures else np.zeros(0)
     return Result(np.array([loss, 2 * loss][:count]), status, measures=measures, gradient=gradient)
 
 
 def skip_descent(algorithm: str, why: str) -> None:
-    if needs_of(algorithm).gradients:
+    if needs(algorithm).gradients and needs(algorithm).design is None:
         pytest.skip(f"follows gradients: {why}")
 
 
@@ -112,7 +133,7 @@ def test_proposals_are_points_of_the_cube(algorithm: str, n: int) -> None:
     """In every dimension genomes are read-only float64 vectors of the unit cube, without a recipe."""
     if algorithm in SLOW and n > 100:
         pytest.skip("meant for few axes")
-    if n > (needs_of(algorithm).most_axes or n):
+    if n > (needs(algorithm).most_axes or n):
         pytest.skip("takes fewer axes")
     opt, budget = optimizer(algorithm, n), few(algorithm, 60)
 
@@ -369,7 +390,7 @@ def test_proposals_carry_no_hidden_link(algorithm: str) -> None:
     before = start.tobytes()
     rng = np.random.Generator(np.random.PCG64(1))
     begin = start_at(algorithm, start)
-    opt = make_optimizer(algorithm, floats(2), begin, rng, itertools.count(), make_options(algorithm, {}))
+    opt = made(algorithm, floats(2), begin, rng, itertools.count())
 
     search(opt, few(algorithm, 60))
 
@@ -445,7 +466,7 @@ def test_unknown_axis_kind_is_refused(algorithm: str) -> None:
 
     start = start_at(algorithm, frozen_genome([0.5]))
     with pytest.raises(UserError, match=r"cannot search the permutation axis 'perm'"):
-        make_optimizer(algorithm, [axis], start, rng, itertools.count(), make_options(algorithm, {}))
+        made(algorithm, [axis], start, rng, itertools.count())
 
 
 @pytest.mark.parametrize(
@@ -462,7 +483,7 @@ def test_wrong_settings_are_refused(algorithm: str, settings: dict[str, Any], wo
     """Settings are checked by name, kind and range, each in one line."""
     skip_descent(algorithm, "one proposal a step; its settings are in test_adam.py")
     with pytest.raises(UserError) as caught:
-        make_options(algorithm, settings)
+        options_of(algorithm, settings)
 
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -472,8 +493,7 @@ def test_settings_count(algorithm: str) -> None:
     """`population` sets the size of a generation, for every algorithm that has generations."""
     skip_descent(algorithm, "one proposal a step")
     rng = np.random.Generator(np.random.PCG64(1))
-    options = make_options(algorithm, {"population": 5})
     start = start_at(algorithm, frozen_genome([0.5] * 3))
-    opt = make_optimizer(algorithm, floats(3), start, rng, itertools.count(), options)
+    opt = made(algorithm, floats(3), start, rng, itertools.count(), population=5)
 
     assert len(opt.ask(100)) == 5

@@ -14,7 +14,7 @@ from evomerge.progress import Silent
 from evomerge.proposal import Proposal, Result, frozen_genome
 from evomerge.run import run
 from evomerge.search import make_optimizer, make_options
-from evomerge.search.base import Optimizer, Start
+from evomerge.search.base import Optimizer, Selective, Start
 from evomerge.search.bayesian_map import Bins
 from evomerge.space import Axis
 
@@ -63,6 +63,75 @@ def off_the_front(u: Array) -> Array:
     """Distance of points from the line from A to B."""
     along = np.clip((u - A) @ (B - A) / ((B - A) @ (B - A)), 0, 1)
     return np.linalg.norm(u - A - along[:, None] * (B - A), axis=1)
+
+
+def search_with_slopes(opt: Optimizer, budget: int, losses: Losses) -> tuple[list[Proposal], list[bool]]:
+    """As `search`, and which proposals were told gradients."""
+    assert isinstance(opt, Selective)
+    done: list[Proposal] = []
+    asked: list[bool] = []
+    while len(done) < budget:
+        with_slopes = opt.differentiates
+        for p in opt.ask(budget - len(done)):
+            assert p.genome is not None
+            slopes = None
+            if with_slopes:
+                steps = 1e-6 * np.eye(len(p.genome))
+                ends = [np.array(losses(p.genome + h)) - np.array(losses(p.genome - h)) for h in steps]
+                slopes = np.array(ends).T / 2e-6
+            opt.tell(p, Result(np.array(losses(p.genome)), gradient=slopes))
+            done.append(p)
+            asked.append(with_slopes)
+    return done, asked
+
+
+@EACH
+def test_with_gradients_a_small_design_is_enough(algorithm: str) -> None:
+    """Exact quadratics of three axes: gradients are asked for at twice n + 1 points, what follows lies on the
+    true front, or by it where so few points leave the box that is searched narrow."""
+    notes: list[str] = []
+    opt = optimizer(algorithm, FLOATS, notes, gradients=True)
+    done, asked = search_with_slopes(opt, 28, bowls)
+
+    assert asked == [True] * 8 + [False] * 20
+    assert np.median(off_the_front(genomes(done)[8:])) < 0.03
+    assert np.median(off_the_front(genomes(done)[:8])) > 0.2
+    assert notes == []
+
+
+def test_a_design_in_slices_is_told_all_its_gradients() -> None:
+    """Asked one by one, gradients are asked for until the last of the design is told; failures are made up for."""
+    opt = optimizer("map", FLOATS, gradients=True)
+    assert isinstance(opt, Selective)
+    for n in range(10):
+        assert opt.differentiates
+        [p] = opt.ask(1)
+        assert p.genome is not None
+        failed = n in (0, 5)
+        told = Result(np.full(2, np.inf)) if failed else Result(np.array(bowls(p.genome)), gradient=np.ones((2, 3)))
+        opt.tell(p, told)
+
+    assert not opt.differentiates
+
+
+def test_a_design_without_its_gradients_is_refused() -> None:
+    """A score alone is no row of a slope; the proposal still waits."""
+    opt = optimizer("map", FLOATS, gradients=True)
+    p = opt.ask(1)[0]
+
+    with pytest.raises(ValueError, match="proposal 0 was told without its gradient"):
+        opt.tell(p, Result(np.ones(2)))
+    opt.tell(p, Result(np.ones(2), gradient=np.ones((2, 3))))
+
+
+def test_refused_surrogates_ask_no_more_gradients() -> None:
+    """NSGA-II needs none, and is told none."""
+    notes: list[str] = []
+    done, asked = search_with_slopes(optimizer("map", FLOATS, notes, gradients=True), 40, rugged)
+
+    assert "8 candidates do not predict others" in notes[0]
+    assert len(done) == 40
+    assert asked == [True] * 8 + [False] * 32
 
 
 @EACH
@@ -203,6 +272,7 @@ class Noted(Silent):
         ("map", {"population": 4}, 0),
         ("map", {"population": 4, "r2": 0.999999}, 1),
         pytest.param("bayesian-map", {"population": 4}, 0, marks=pytest.mark.slow),
+        ("map", {"population": 4, "gradients": True, "r2": -1e9}, 0),
         ("nested-map", {"samples": 17}, 0),
     ],
 )

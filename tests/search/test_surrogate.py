@@ -9,7 +9,7 @@ import pytest
 
 from evomerge.pareto import undominated
 from evomerge.search import surrogate
-from evomerge.search.surrogate import LINKS, Link, _features, farthest, fit, front_of, unknowns
+from evomerge.search.surrogate import LINKS, Link, _derivatives, _features, farthest, fit, front_of, unknowns
 
 Array = np.ndarray[Any, Any]
 
@@ -21,6 +21,12 @@ def points(n: int, axes: int, seed: int = 1) -> Array:
 def quadratic(x: Array, seed: int = 2) -> Array:
     """A random quadratic with coefficients about 1."""
     return _features(x) @ np.random.default_rng(seed).normal(size=unknowns(x.shape[1]))
+
+
+def slopes(x: Array, link: Link) -> Array:
+    """Of the linked quadratic by every gene from 0 to 1, by central differences."""
+    step = 1e-5 * np.eye(x.shape[1])
+    return np.column_stack([(link.value(quadratic(x + h)) - link.value(quadratic(x - h))) / 2e-5 for h in step])
 
 
 @pytest.mark.parametrize("link", LINKS, ids=lambda link: link.name)
@@ -37,13 +43,75 @@ def test_exact_quadratics_come_back(link: Link, axes: int) -> None:
     assert found.link == link
 
 
+@pytest.mark.parametrize("link", LINKS, ids=lambda link: link.name)
+@pytest.mark.parametrize("axes", [1, 3, 6])
+def test_with_slopes_few_points_are_enough(link: Link, axes: int) -> None:
+    """Behind every link: the coefficients come back from n + 1 points, where they would have taken (n+1)(n+2)/2; with
+    one more, left-out candidates tell which link it was."""
+    x, elsewhere = points(axes + 2, axes), points(200, axes, 3)
+    y, dy = link.value(quadratic(x)), slopes(x, link)
+
+    enough = surrogate._fit(x[:-1], y[:-1], link, 1e-14, dy[:-1])
+    found = fit(x, y, dy)
+
+    wanted = np.random.default_rng(2).normal(size=unknowns(axes))
+    assert enough.coefficients == pytest.approx(wanted, abs=1e-4)
+    assert found.link == link
+    assert found.r2 > 1 - 1e-6
+    inside = np.clip(elsewhere, found.low, found.high)
+    assert found.predict(elsewhere) == pytest.approx(link.value(quadratic(inside)), abs=1e-4)
+
+
+@pytest.mark.parametrize("axes", [1, 2, 3, 6])
+def test_slopes_tell_some_things_twice(axes: int) -> None:
+    """P points with slopes determine 1 + n P - (P - 1)(P - 2)/2 coefficients, and so all of them from n + 1 on; n
+    points leave one open, although they have more equations than there are unknowns."""
+    for count in range(1, axes + 2):
+        x = points(count, axes)
+        rows = np.vstack([_features(x), _derivatives(x).reshape(-1, unknowns(axes))])
+
+        assert np.linalg.matrix_rank(rows) == 1 + axes * count - (count - 1) * (count - 2) // 2
+    assert np.linalg.matrix_rank(rows) == unknowns(axes)
+    assert surrogate.least_points(axes, slopes=True) == axes + 1
+
+
+def test_slopes_help_against_misfit() -> None:
+    """Of a loss that is no quadratic the same candidates tell more with slopes than without."""
+    x, elsewhere = points(28, 6), points(300, 6, 3)
+
+    def loss(u: Array) -> Array:
+        return quadratic(u) + 2 * np.sin(3 * u).sum(axis=1)
+
+    dy = np.column_stack([(loss(x + h) - loss(x - h)) / 2e-5 for h in 1e-5 * np.eye(6)])
+    found, plain = fit(x, loss(x), dy), fit(x, loss(x))
+
+    off = [np.mean((f.predict(elsewhere) - loss(elsewhere)) ** 2) for f in (found, plain)]
+    assert off[0] < 0.9 * off[1]
+
+
+def test_a_point_may_have_no_slopes() -> None:
+    """Rows of NaN say nothing: with nothing else the fit is the one without slopes, and mixed ones are exact too."""
+    x, elsewhere = points(24, 3), points(50, 3, 3)
+    y, dy = LINKS[2].value(quadratic(x)), slopes(x, LINKS[2])
+    dy[8:] = np.nan
+
+    mixed, without = fit(x, y, dy), fit(x, y + 0.01 * np.sin(40 * x[:, 0]))
+    again = fit(x, y + 0.01 * np.sin(40 * x[:, 0]), np.full((24, 3), np.nan))
+
+    inside = np.clip(elsewhere, mixed.low, mixed.high)
+    assert mixed.predict(elsewhere) == pytest.approx(LINKS[2].value(quadratic(inside)), abs=1e-5)
+    assert again.coefficients == pytest.approx(without.coefficients, rel=1e-6)
+    assert again.r2 == pytest.approx(without.r2)
+
+
 def test_links_stay_within_their_bounds() -> None:
-    """Whatever the quadratic says: losses within the bounds, a slope that is the derivative, an inverse that is one."""
+    """Whatever the quadratic says: losses within the bounds, derivatives that are them, an inverse that is one."""
     q = np.linspace(-4, 4, 41)
     for link in LINKS:
         assert link.value(10 * q).min() >= link.low
         assert link.value(10 * q).max() <= link.high
         assert (link.value(q + 1e-5) - link.value(q - 1e-5)) / 2e-5 == pytest.approx(link.slope(q), abs=1e-8)
+        assert (link.slope(q + 1e-5) - link.slope(q - 1e-5)) / 2e-5 == pytest.approx(link.bend(q), abs=1e-8)
         assert link.inverse(link.value(q)) == pytest.approx(q, abs=1e-9)
 
 
@@ -56,10 +124,14 @@ def test_noise_is_told() -> None:
 
 
 def test_too_few_points_are_refused() -> None:
-    """A quadratic of three axes has ten unknowns."""
+    """A quadratic of three axes has ten unknowns, or four points with slopes."""
     assert unknowns(3) == 10
     with pytest.raises(ValueError, match="10 unknowns, got 9 points"):
         fit(points(9, 3), np.ones(9))
+    dy = np.ones((9, 3))
+    dy[3:] = np.nan
+    with pytest.raises(ValueError, match="10 unknowns, got 9 points, 3 of them with slopes"):
+        fit(points(9, 3), np.ones(9), dy)
 
 
 def test_equal_losses_are_no_failure() -> None:
@@ -81,17 +153,22 @@ def test_beyond_the_box_nothing_is_extrapolated() -> None:
 
 
 @pytest.mark.parametrize("ridge", [1e-8, 1e-2])
-def test_left_out_errors_are_those_of_refits(ridge: float) -> None:
-    """The identity's are exact; those of other links are near what 24 refits say."""
-    x = points(24, 3)
-    noise = 0.05 * np.random.default_rng(7).normal(size=24)
+@pytest.mark.parametrize("with_slopes", [False, True])
+def test_left_out_errors_are_those_of_refits(ridge: float, with_slopes: bool) -> None:
+    """The identity's are exact; those of other links are near what refits say, to which a point's slopes are left out
+    with its value."""
+    n = 10 if with_slopes else 24
+    x = points(n, 3)
+    noise = 0.05 * np.random.default_rng(7).normal(size=(n, 4))
     for link, tolerance in ((LINKS[0], 1e-6), (LINKS[2], 0.15)):
-        y = np.clip(link.value(0.5 * quadratic(x)) + noise, link.low, link.high)
-        whole = surrogate._fit(x, y, link, ridge)
+        y = np.clip(link.value(0.5 * quadratic(x)) + noise[:, 0], link.low, link.high)
+        dy = 0.5 * slopes(x, link) + noise[:, 1:] if with_slopes else np.full((n, 3), np.nan)
+        whole = surrogate._fit(x, y, link, ridge, dy)
         real = []
-        for i in range(24):
-            rest = np.arange(24) != i
-            again = surrogate._fit(x[rest], y[rest], link, ridge)
+        for i in range(n):
+            rest = np.arange(n) != i
+            again = surrogate._fit(x[rest], y[rest], link, ridge, dy[rest])
+            # In the units of the whole fit, whose penalty and scale are those of all losses.
             real.append((link.value(_features(x[[i]]) @ again.coefficients)[0] - y[i]) / y.std())
 
         assert np.linalg.norm(whole.errors - real) < tolerance * np.linalg.norm(real)
