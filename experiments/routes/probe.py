@@ -10,6 +10,7 @@ norm are the same in all models. Items are the searching and selecting ones, ../
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -41,13 +42,17 @@ def layers_of(route: str, models: Mapping[str, PreTrainedModel]) -> list[torch.n
     """The layers a route takes, in order."""
     taken: list[torch.nn.Module] = []
     for part in route.split(","):
-        name, *spans = part.split()
+        name, *spans = part.split() or [""]
         if name not in models:
             raise ValueError(f"expected one of {', '.join(models)}, got {name!r} in the route {route!r}")
+        if not spans:
+            raise ValueError(f"expected a model and its layers, as in 'add 0-11', got {part!r} in the route {route!r}")
         layers = models[name].model.layers
         for span in spans:
-            first, _, last = span.partition("-")
-            start, stop = int(first), int(last or first) + 1
+            found = re.fullmatch(r"(\d+)(?:-(\d+))?", span)
+            if found is None:
+                raise ValueError(f"expected layers as 4 or 0-11, got {span!r} in the route {route!r}")
+            start, stop = int(found[1]), int(found[2] or found[1]) + 1
             if not 0 <= start < stop <= len(layers):
                 raise ValueError(f"expected layers within 0-{len(layers) - 1}, got {span!r} in the route {route!r}")
             taken += layers[start:stop]

@@ -1,7 +1,9 @@
-"""The script that trains the models of layer routes: its growth, its left-out layers, its determinism, its refusals."""
+"""The models of layer routes: their growth, the left-out layers, determinism, refusals, and the probe of routes."""
 
+import copy
 import importlib.util
 import random
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,18 +15,21 @@ from evomerge.pool import ModelPool
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 BASE = EXPERIMENTS / "quickstart/models/skills-base"
+IDS = torch.tensor([[1, 403, 407, 261, 378]])
 NAMES = ("base", "add", "attr")
 
 
-def load_script():
-    """The script as a module; it stands in no package, and imports train_experts from beside it."""
-    spec = importlib.util.spec_from_file_location("train_pair", EXPERIMENTS / "routes/train_pair.py")
+def load_script(name):
+    """A script as a module; it stands in no package, and imports what stands beside it by its bare name."""
+    spec = importlib.util.spec_from_file_location(name, EXPERIMENTS / f"routes/{name}.py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
 
 
-script = load_script()
+script = load_script("train_pair")
+probe = load_script("probe")
 
 
 def weights(folder):
@@ -59,37 +64,36 @@ def written(short, tmp_path_factory):
 
 @pytest.fixture
 def grown():
-    """skills-base, its logits of a few tokens, and both after growing."""
+    """skills-base, grown, and its logits before that."""
     model, _ = script.load(BASE)
-    ids = torch.tensor([[1, 403, 407, 261, 378]])
     with torch.no_grad():
-        before = model(ids).logits
+        before = model(IDS).logits
         script.grow(model, script.COPIES)
-    return model, ids, before
+    return model, before
 
 
 def test_the_grown_model_has_twelve_layers_and_computes_the_same(grown):
-    model, ids, before = grown
+    model, before = grown
 
     assert len(model.model.layers) == model.config.num_hidden_layers == 12
     with torch.no_grad():
-        assert torch.equal(model(ids).logits, before)
-        assert torch.equal(model(ids, use_cache=False).logits, before)
+        assert torch.equal(model(IDS).logits, before)
+        assert torch.equal(model(IDS, use_cache=False).logits, before)
 
 
 def test_layers_are_left_out_where_gradients_are_asked_for_only(grown):
-    model, ids, before = grown
+    model, before = grown
     ran = []
     for index, layer in enumerate(model.model.layers):
         layer.mlp.register_forward_hook(lambda *_, index=index: ran.append(index))
     script.drop_layers(model, 0.25, random.Random(0))
 
     with torch.no_grad():
-        assert torch.equal(model(ids).logits, before)
+        assert torch.equal(model(IDS).logits, before)
     assert ran == list(range(12))
     ran.clear()
     for _ in range(25):
-        model(ids)
+        model(IDS)
 
     assert set(ran) == set(range(12))
     assert 0.65 < len(ran) / 300 < 0.85
@@ -144,6 +148,51 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, capsys, options, mes
     assert script.main(["--to", str(tmp_path / "new"), *options]) == 2
 
     assert list(tmp_path.iterdir()) == []
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert message in error
+
+
+def test_a_route_takes_the_layers_that_it_names(grown):
+    base, other = grown[0], copy.deepcopy(grown[0])
+    a, b = base.model.layers, other.model.layers
+
+    taken = probe.layers_of("base 0-2 2, add 11 0-0", {"base": base, "add": other})
+
+    expected = [a[0], a[1], a[2], a[2], b[11], b[0]]
+    assert len(taken) == len(expected)
+    assert all(one is two for one, two in zip(taken, expected, strict=True))
+
+
+def test_the_probe_scores_each_route(written, monkeypatch, capsys):
+    """A whole model scores as itself; its answer to an item depends on the route."""
+    seen = []
+    monkeypatch.setattr(probe, "accuracy", lambda model, tokenizer, asked: seen.append(model(IDS).logits) or 0.5)
+
+    assert probe.main(["--models", str(written), "add 0-11", "add 0-9, attr 10-11"]) == 0
+
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "| add 0-11 | 0.500 | 0.500 | 0.500 |",
+        "| add 0-9, attr 10-11 | 0.500 | 0.500 | 0.500 |",
+    ]
+    add, _ = script.load(written / "add")
+    assert torch.equal(seen[0], add(IDS).logits)
+    assert not torch.equal(seen[3], seen[0])
+
+
+@pytest.mark.parametrize(
+    ("route", "message"),
+    [
+        ("other 0-11", "expected one of base, add, attr, got 'other' in the route 'other 0-11'"),
+        ("add 0-12", "expected layers within 0-11, got '0-12' in the route 'add 0-12'"),
+        ("add 5-4", "expected layers within 0-11, got '5-4'"),
+        ("add all", "expected layers as 4 or 0-11, got 'all'"),
+        ("add", "expected a model and its layers, as in 'add 0-11', got 'add' in the route 'add'"),
+    ],
+)
+def test_a_wrong_route_is_one_line(written, capsys, route, message):
+    assert probe.main(["--models", str(written), route]) == 2
+
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert message in error
