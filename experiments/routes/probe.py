@@ -20,20 +20,11 @@ from train_pair import HERE, QUICKSTART, STAGES, accuracy, load, read_items
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-# A whole model; a layer left out, one twice, two exchanged; a cut from one model to the other; the best of a search.
+# Whole models; a layer left out, one twice, two exchanged; a cut from one expert to the other; one found by trial.
 ROUTES = [
-    *(
-        f"{name} {layers}"
-        for name in ("base", "add", "attr")
-        for layers in ("0-11", "0-4 6-11", "0-6 6-11", "0-5 7 6 8-11")
-    ),
-    *(
-        f"{first} 0-{cut - 1}, {then} {cut}-11"
-        for cut in (3, 6, 9)
-        for first, then in (("add", "attr"), ("attr", "add"))
-    ),
-    "add 0-8, base 9-11",
-    "attr 0-8, base 9-11",
+    "base 0-11",
+    *(f"{name} {layers}" for name in ("add", "attr") for layers in ("0-11", "0-4 6-11", "0-6 6-11", "0-5 7 6 8-11")),
+    *(f"{one} 0-{cut - 1}, {other} {cut}-11" for cut in (6, 9) for one, other in (("add", "attr"), ("attr", "add"))),
     "add 0-3, base 4, add 5-9, attr 10",
 ]
 

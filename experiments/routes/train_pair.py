@@ -5,7 +5,7 @@
 Items, loss and schedule are those of ../quickstart/train_experts.py; no question of a data file there is trained on.
 The same --seed gives the same weights on the same machine and software. What is different here:
 
-Depth. From scratch a dozen layers would take hours, so the base is skills-base (5 layers) grown: behind each layer
+Depth. To save the training of a dozen layers from scratch, the base is skills-base (5 layers) grown: behind each layer
 stand one or two copies of it whose branches end in zeros (`o_proj`, `down_proj`), so that they change nothing before
 they are trained. This is the block expansion of LLaMA Pro (arXiv 2401.02415), with all layers trained.
 
@@ -43,7 +43,7 @@ DROPPED = 0.2
 STAGES = (
     Stage("base", ("add", "attr", "count"), steps=400, lr=1e-3),
     Stage("add", ("add",), steps=1200, lr=1e-3),
-    Stage("attr", ("attr",), steps=700, lr=1e-3),
+    Stage("attr", ("attr",), steps=400, lr=1e-3),
 )
 
 
