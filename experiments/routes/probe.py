@@ -4,7 +4,8 @@
     python experiments/routes/probe.py "add 0-9, attr 10" "base 0-5 5-11"
 
 A route names a model, then the layers it takes from there, one number or a first and a last one; embedding and final
-norm are the same in all models. Items are the searching and selecting ones, ../quickstart/data/skill_*_cal.jsonl.
+norm are the same in all models. Items are the first of the searching and selecting ones of each skill,
+../quickstart/data/skill_*_cal.jsonl.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Score routes through the layers of the base and the experts.")
     parser.add_argument("routes", nargs="*", default=ROUTES)
     parser.add_argument("--models", type=Path, default=HERE / "models", help="what train_pair.py wrote")
+    parser.add_argument("--items", type=int, default=100, help="of each skill, default 100")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()
@@ -63,7 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         models = {stage.name: load(options.models / stage.name)[0] for stage in STAGES}
         frame, tokenizer = load(options.models / STAGES[0].name)  # its layers give way to the route's
         taken = {route: layers_of(route, models) for route in options.routes}
-        items = {skill: read_items(QUICKSTART / f"data/skill_{skill}_cal.jsonl") for skill in skills}
+        if options.items < 1:
+            raise ValueError(f"expected a positive number, got --items {options.items}")
+        items = {skill: read_items(QUICKSTART / f"data/skill_{skill}_cal.jsonl")[: options.items] for skill in skills}
     except (ValueError, OSError) as error:
         print(f"probe: {error}", file=sys.stderr)
         return 2
