@@ -22,7 +22,7 @@ from evomerge.hub import name_of
 from evomerge.manifest import Manifest
 from evomerge.merge.bank import Bank
 from evomerge.merge.builder import Builder
-from evomerge.merge.route import routed_config, routed_weights
+from evomerge.merge.route import layer_types, routed_config, routed_weights
 from evomerge.pool import ModelPool, raw_bytes
 from evomerge.recipe import Recipe
 from evomerge.yamlio import dump_yaml
@@ -90,7 +90,7 @@ def write_hf(
                 shutil.copyfile(base.path / name, folder / name)
         _write(folder / RECIPE, recipe_with_paths(recipe, pool).to_yaml())
         try:
-            _write(folder / MERGEKIT, dump_yaml(to_mergekit(recipe, manifest, _paths(pool))))
+            _write(folder / MERGEKIT, dump_yaml(mergekit_config(recipe, pool, manifest)))
             mergekit = MERGEKIT
         except MergekitError as e:
             mergekit = f"not expressible: {e}"
@@ -107,6 +107,18 @@ def write_hf(
         _write(folder / RECORD, json.dumps(record, indent=1, sort_keys=True) + "\n")
         _write(folder / CARD, model_card(recipe, _parents(recipe, pool, manifest, history), history, candidate))
     return target
+
+
+def mergekit_config(recipe: Recipe, pool: ModelPool, manifest: Manifest) -> dict[str, Any]:
+    """`to_mergekit` of an opened pool. Raises MergekitError, too, where only the configs of its models tell."""
+    if recipe.route is not None:
+        kept = getattr(pool.checkpoints[pool.base].stock.config, "layer_types", None)
+        if layer_types(recipe.route, pool) != kept:
+            raise MergekitError(
+                "mergekit changes the number of layers in config.json, but not layer_types, which the base's "
+                f"architecture {pool.checkpoints[pool.base].model_type!r} has for each layer"
+            )
+    return to_mergekit(recipe, manifest, _paths(pool))
 
 
 def _parents(recipe: Recipe, pool: ModelPool, manifest: Manifest, history: History | None) -> list[Parent]:

@@ -1,7 +1,8 @@
 """Export to a mergekit configuration that `mergekit-yaml` executes to the same weights, or a refusal.
 
-Weights per block become name filters (substring match, first match wins, catch-all last). mergekit accepts
-unknown keys in silence, so only what it was seen to execute exactly is written (`make oracle`, mergekit 0.1.5).
+Weights per block become name filters (substring match, first match wins, catch-all last), layer routes slices of
+`passthrough`. mergekit accepts unknown keys in silence, so only what it was seen to execute exactly is written
+(`make oracle`, mergekit 0.1.5).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from evomerge.architectures import ARCHITECTURES
 from evomerge.errors import UserError
 from evomerge.manifest import Block, Manifest
 from evomerge.merge.methods import METHODS
-from evomerge.recipe import Recipe, Rule
+from evomerge.recipe import MERGED, Recipe, Route, Rule
 
 NAMES = {m: m for m in ("linear", "task_arithmetic", "ties", "dare_linear", "dare_ties")}
 """Our method -> mergekit's. SLERP has a form of its own."""
@@ -28,6 +29,8 @@ def to_mergekit(recipe: Recipe, manifest: Manifest, paths: Mapping[str, Path]) -
     """A mergekit configuration for a canonical recipe. Raises MergekitError with the reason where there is none."""
     if recipe.segments is not None:
         raise MergekitError("mergekit has one weight for a whole tensor, the recipe's segments may cut through tensors")
+    if recipe.route is not None:
+        return _routed(recipe, recipe.route, manifest, paths)
     rules = recipe.blocks
     methods = sorted({r.method for r in rules.values()})
     if len(methods) > 1:
@@ -79,6 +82,58 @@ def to_mergekit(recipe: Recipe, manifest: Manifest, paths: Mapping[str, Path]) -
 def _dtypes(recipe: Recipe) -> dict[str, str]:
     # Computing in fp32 and rounding once is what we do; mergekit's `dtype` alone computes in that dtype.
     return {"dtype": "float32"} | ({} if recipe.dtype == "float32" else {"out_dtype": recipe.dtype})
+
+
+def _routed(recipe: Recipe, route: Route, manifest: Manifest, paths: Mapping[str, Path]) -> dict[str, Any]:
+    """Slices of layers that follow one another in their source and share gains, which scale the branches' outputs.
+
+    mergekit takes the embedding from the first slice's model, final norm and head from the last one's; where that is
+    another model than the route's first or last layer is of, a slice without layers stands for it.
+    """
+    slices: list[dict[str, Any]] = []
+    previous = None
+    for hop, gains in zip(route.hops, route.gains(), strict=True):
+        if hop.from_ == MERGED:
+            raise MergekitError(
+                f"mergekit either merges layers or stacks them, and layer {hop.layer} of the route is merged; export "
+                "the merge first and let the route visit it as a source"
+            )
+        if previous == (hop.from_, hop.layer - 1, gains):
+            slices[-1]["sources"][0]["layer_range"][1] += 1
+        else:
+            source: dict[str, Any] = {"model": str(paths[hop.from_]), "layer_range": [hop.layer, hop.layer + 1]}
+            if gains != (1.0, 1.0):
+                branches = zip(ARCHITECTURES["llama"].branches, gains, strict=True)
+                scale = [*({"filter": name, "value": gain} for name, gain in branches), {"value": 1.0}]
+                source["parameters"] = {"scale": scale}
+            slices.append({"sources": [source]})
+        previous = (hop.from_, hop.layer, gains)
+    ends = {}
+    for block in manifest.blocks.values():
+        _filters(block)  # refuses names that were not checked
+        if block.layer is None:
+            ends[block.module] = _taken_from(recipe, block.name)
+    if (norm := ends["final_norm"]) != (head := ends.get("head", norm)):
+        raise MergekitError(f"mergekit takes final norm and head from one model, the recipe from {norm!r} and {head!r}")
+    if (embed := ends["embed"]) != route.hops[0].from_:
+        slices.insert(0, {"sources": [{"model": str(paths[embed]), "layer_range": [0, 0]}]})
+    if norm != route.hops[-1].from_:
+        slices.append({"sources": [{"model": str(paths[norm]), "layer_range": [0, 0]}]})
+    # Layers are rounded to the recipe's dtype first and scaled then, in the live model as by mergekit's `dtype`.
+    base = str(paths[manifest.base])
+    return {"merge_method": "passthrough", "base_model": base, "slices": slices, "dtype": recipe.dtype}
+
+
+def _taken_from(recipe: Recipe, block: str) -> str:
+    """The source that a block outside the layers is a copy of."""
+    rule = recipe.blocks.get(block)
+    if rule is None:
+        return recipe.base
+    if rule.method == "linear" and len(rule.sources) == 1:
+        [(name, coefficients)] = rule.sources.items()
+        if rule.params["normalize"] or coefficients["weight"] == 1.0:
+            return name
+    raise MergekitError(f"mergekit either merges or stacks layers, and the route's {block} is merged; export it first")
 
 
 def _spherical(recipe: Recipe, manifest: Manifest, paths: Mapping[str, Path]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from evomerge.errors import UserError
-from evomerge.export.hf import write_hf
+from evomerge.export.hf import mergekit_config, write_hf
 from evomerge.export.mergekit import to_mergekit
 from evomerge.export.record import scores_for_record
 from evomerge.export.verify import open_recipe_pool
@@ -26,11 +26,14 @@ def write_export(history: History, number: int, form: str, target: Path) -> Path
     if form not in FORMATS:
         raise UserError(f"unknown export format {form!r}; there are {' and '.join(FORMATS)}")
     recipe = history.recipe(number)
-    if form == "mergekit":
+    if form == "mergekit" and recipe.route is None:
         new_file(target, dump_yaml(to_mergekit(recipe, history.manifest, history.source_paths())))
         return target
     pool, manifest = open_recipe_pool(recipe, history.source_paths())
     recipe.canonical(manifest)  # refuses sources that changed since the run
+    if form == "mergekit":
+        new_file(target, dump_yaml(mergekit_config(recipe, pool, manifest)))
+        return target
     scores, fitness = scores_for_record(history, number)
     notes = {
         "experiment": history.experiment.name,

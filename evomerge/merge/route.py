@@ -38,6 +38,12 @@ SAME = (
     *("num_attention_heads", "num_key_value_heads", "intermediate_size", "rms_norm_eps", "layer_norm_eps"),
     *("layer_norm_epsilon", "sliding_window", "hidden_act", "hidden_activation", "activation_function"),
     *("attn_logit_softcapping", "query_pre_attn_scalar", "max_position_embeddings", "use_parallel_residual"),
+    *(
+        "use_bidirectional_attention",
+        "scale_attn_weights",
+        "scale_attn_by_inverse_layer_idx",
+        "reorder_and_upcast_attn",
+    ),
 )
 """Settings that a path's layers have in common, since the model has them once."""
 
@@ -64,6 +70,13 @@ def check_routable(pool: ModelPool) -> None:
                     f"expert {name!r} ({c.path}): {key} is {theirs}, but the base's is {ours}; layers of both cannot "
                     "stand in one model"
                 )
+        # A model has rotary tables for the types of attention that its own layers have.
+        kinds, known = (set(getattr(m.stock.config, "layer_types", None) or ()) for m in (c, base))
+        if kinds - known:
+            raise UserError(
+                f"expert {name!r} ({c.path}): layer_types has {min(kinds - known)!r}, which none of the base's layers "
+                "is; a route through it needs a base that has both"
+            )
         for tensor, t in c.tensors.items():
             if (found := row.layer_of(tensor)) is not None and shapes.setdefault(found[1], t.shape) != t.shape:
                 raise UserError(

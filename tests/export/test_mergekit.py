@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from evomerge.errors import UserError
+from evomerge.export.hf import mergekit_config
 from evomerge.export.mergekit import MergekitError, to_mergekit
 from evomerge.manifest import Manifest
 from evomerge.pool import ModelPool
@@ -253,3 +254,87 @@ def test_tied_models_have_no_filter_for_the_head(tiny_model: Any) -> None:
     filters = [f.get("filter") for f in config["models"][0]["parameters"]["weight"]]
     assert "lm_head" not in filters
     assert "model.embed_tokens" in filters
+
+
+# -- layer routes ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def deeper(tiny_model: Any) -> ModelPool:
+    """A base of 2 layers with an expert of as many and one of 3."""
+    return ModelPool.open(
+        tiny_model("llama"), {"x": tiny_model("llama", 1), "y": tiny_model("llama", 2, num_hidden_layers=3)}
+    )
+
+
+def routed(pool: ModelPool, *hops: dict[str, Any], **recipe: Any) -> dict[str, Any]:
+    ends = {end: recipe.pop(end) for end in ("embed", "final_norm", "head") if end in recipe}
+    made = Recipe.model_validate({"route": {"hops": hops, **ends}, **recipe})
+    return to_mergekit(made.canonical(pool.manifest()), pool.manifest(), PATHS)
+
+
+def test_a_route_is_stacked_slices(deeper: ModelPool) -> None:
+    """Layers that follow one another with equal gains are one slice; gains scale what the branches add."""
+    hops = [
+        {"from": "base", "layer": 0},
+        {"from": "base", "layer": 1},
+        {"from": "y", "layer": 1, "scale": 2.0},
+        {"from": "y", "layer": 2},
+        {"from": "y", "layer": 2, "mlp_gain": 0.5},
+        {"from": "base", "layer": 1, "scale": 0.5},
+    ]
+    branches = ("self_attn.o_proj", "mlp.down_proj")
+
+    def scale(attention: float, mlp: float) -> dict[str, Any]:
+        values = zip(branches, (attention, mlp), strict=True)
+        return {"scale": [*({"filter": n, "value": v} for n, v in values), {"value": 1.0}]}
+
+    assert routed(deeper, *hops) == {
+        "merge_method": "passthrough",
+        "base_model": "/models/base",
+        "slices": [
+            {"sources": [{"model": "/models/base", "layer_range": [0, 2]}]},
+            {"sources": [{"model": "/models/y", "layer_range": [1, 3], "parameters": scale(0.5, 0.5)}]},
+            {"sources": [{"model": "/models/y", "layer_range": [2, 3], "parameters": scale(0.5, 0.25)}]},
+            {"sources": [{"model": "/models/base", "layer_range": [1, 2]}]},
+        ],
+        "dtype": "float32",
+    }
+
+
+def test_ends_of_other_models_are_slices_without_layers(deeper: ModelPool) -> None:
+    """mergekit takes the embedding from the first slice's model, final norm and head from the last one's."""
+    config = routed(deeper, {"from": "y", "layer": 2}, embed="x", dtype="bfloat16")
+
+    assert [tuple(s["sources"][0].values()) for s in config["slices"]] == [
+        ("/models/x", [0, 0]),
+        ("/models/y", [2, 3]),
+        ("/models/base", [0, 0]),
+    ]
+    assert config["dtype"] == "bfloat16"
+
+
+HALF = {"method": "task_arithmetic", "sources": {"x": {"weight": 0.5}}}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "reason"),
+    [
+        ({"merge": [{"match": {"layers": [1, 1]}, **HALF}]}, "layer 1 of the route is merged; export the merge first"),
+        ({"merge": [{"match": {"module": "embed"}, **HALF}]}, "the route's embed is merged; export it first"),
+        ({"head": "x"}, "final norm and head from one model, the recipe from 'base' and 'x'"),
+    ],
+)
+def test_routes_that_mergekit_cannot_express(deeper: ModelPool, recipe: dict[str, Any], reason: str) -> None:
+    """Slices are layers of models as they are, with one model for both final norm and head."""
+    with pytest.raises(MergekitError, match=reason):
+        routed(deeper, {"from": "merged", "layer": 1}, **recipe)
+
+
+def test_types_of_layers_stop_a_route(tiny_model: Any) -> None:
+    """mergekit leaves the base's layer_types, one for each layer, in config.json."""
+    pool = ModelPool.open(tiny_model("qwen3"), {"x": tiny_model("qwen3", 1)})
+    recipe = Recipe.model_validate({"route": {"hops": [{"from": "x", "layer": 0}]}}).canonical(pool.manifest())
+
+    with pytest.raises(MergekitError, match="layer_types, which the base's architecture 'qwen3' has for each layer"):
+        mergekit_config(recipe, pool, pool.manifest())

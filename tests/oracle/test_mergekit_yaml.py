@@ -5,6 +5,7 @@ EVOMERGE_ORACLE_PYTHON names the Python of the oracle environment (default .venv
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -148,3 +149,41 @@ def test_tiny_models_of_every_kind(tied: bool, dtype: str, tiny_model: Any, tmp_
 
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
     assert ("lm_head.weight" in result.stdout) != tied
+
+
+ROUTES: dict[str, dict[str, Any]] = {
+    "skips, repeats and three sources of two depths, with scales": {
+        "final_norm": "deep",
+        "head": "deep",
+        "hops": [
+            {"from": "base", "layer": 0},
+            {"from": "base", "layer": 1},
+            {"from": "deep", "layer": 1, "scale": 1.3},
+            {"from": "deep", "layer": 2},
+            {"from": "x", "layer": 1, "mlp_gain": 0.8},
+            {"from": "x", "layer": 1, "attn_gain": -0.7},
+            {"from": "deep", "layer": 2, "scale": 0.6},
+        ],
+    },
+    "ends of other models than the first and the last layer": {
+        "embed": "x",
+        "hops": [{"from": "deep", "layer": i} for i in (0, 1, 2, 1, 2)],
+    },
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("name", ROUTES)
+def test_mergekit_stacks_our_routes(name: str, dtype: str, tiny_model: Any, tmp_path: Path) -> None:
+    """A route's slices, run by mergekit, give the weights of its export to the last bit."""
+    experts = {"x": tiny_model("llama", 1), "deep": tiny_model("llama", 2, num_hidden_layers=3)}
+    pool = ModelPool.open(tiny_model("llama"), experts)
+    manifest = pool.manifest()
+    recipe = Recipe.model_validate({"dtype": dtype, "route": ROUTES[name]}).canonical(manifest)
+    folder = write_hf(tmp_path / "ours", recipe, pool, manifest)
+    result = run_mergekit(folder, tmp_path / "theirs", 0.0)
+
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    hops = ROUTES[name]["hops"]
+    assert f"model.layers.{len(hops) - 1}.mlp.up_proj.weight" in result.stdout
+    assert json.loads((tmp_path / "theirs" / "config.json").read_text())["num_hidden_layers"] == len(hops)
