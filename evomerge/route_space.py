@@ -18,6 +18,7 @@ It counts as one model with the base where natural order is concerned: its layer
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -73,11 +74,10 @@ class RouteSpace:
         self.max_hops = self._most_hops()
         self._encoding = ENCODINGS[self._route.encoding](self.models, spec, self.max_hops)
         merging = () if self._rules is None else self._rules.axes
-        coefficients = tuple(self._coefficients())
-        count = len(merging) + len(self._encoding.axes) + len(coefficients)
-        if count > MOST_AXES:
+        coefficients = tuple(islice(self._coefficients(), MOST_AXES))
+        if len(merging) + len(self._encoding.axes) + len(coefficients) > MOST_AXES:
             raise UserError(
-                f"search space: route: {count:,} axes are more than {MOST_AXES:,}; take fewer models or repetitions"
+                f"search space: route: more than {MOST_AXES:,} axes; take fewer models or repetitions"
                 + (", or scales: slots" if self._route.scales == "pairs" else "")
             )
         self.axes: tuple[Axis, ...] = (*merging, *self._encoding.axes, *(self._axis(*c) for c in coefficients))
@@ -306,7 +306,7 @@ class RouteSpace:
                 "models": dict(self.models),
                 "slots": self._encoding.slots,
                 "hops": [self._encoding.least_hops, self.max_hops],
-                "scales": self._route.scales,
+                "scales": self._route.scales if "scale" in own else "none",
             },
         }
 
