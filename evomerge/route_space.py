@@ -62,7 +62,8 @@ class RouteSpace:
     """Axes of the merge that builds `merged`, where there is one, then those of the encoding, then scales and gains."""
 
     def __init__(self, spec: SpaceSpec, manifest: Manifest, dtype: Dtype) -> None:
-        """Bind a spec to a pool. Raises UserError for unknown models, too short paths and too many axes."""
+        """Bind a spec to a pool. Raises UserError for unknown models, a merge that no route goes through, too short
+        paths and too many axes."""
         assert spec.route is not None
         self.spec, self.dtype = spec, dtype
         self._route, self._manifest = spec.route, manifest
@@ -71,6 +72,11 @@ class RouteSpace:
         self._merged = Recipe.model_construct(base=manifest.base, dtype=dtype, sources={}).assembled({}, manifest)
         self.methods: tuple[Method, ...] = (METHODS["linear"],) if self._rules is None else self._rules.methods
         self.models = _models(self._route, manifest, MERGED if self._rules is not None else manifest.base)
+        if self._rules is not None and MERGED not in self.models:
+            raise UserError(
+                f"search space: route.models: {', '.join(self._rules.spec.axes)} build `{MERGED}`, which no route goes "
+                f"through; name {MERGED} too, or drop these axes"
+            )
         self.max_hops = self._most_hops()
         self._encoding = ENCODINGS[self._route.encoding](self.models, spec, self.max_hops)
         merging = () if self._rules is None else self._rules.axes
