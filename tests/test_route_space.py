@@ -398,7 +398,7 @@ def test_decode_refuses_what_is_no_genome(m: Manifest) -> None:
             {"route": {"encoding": "slices", "scales": "none"}, "axes": {"scale": {"low": 0.5, "high": 2}}},
             "`scales: none` makes all 1; keep one",
         ),
-        ({"route": {"encoding": "scales", "models": ["code"]}, "axes": WEIGHT}, "weight build `merged`, which no route"),
+        ({"route": {"encoding": "scales", "models": ["code"]}, "axes": WEIGHT}, "weight build `merged`, which no"),
         ({"route": {"encoding": "slices"}, "axes": WEIGHT, "method": "slerp"}, "search space: slerp is between two"),
         ({"route": {"encoding": "slices"}, "axes": {"scale": {"low": 0.5, "high": 2, "default": "uniform"}}}, "give a"),
     ],
