@@ -79,7 +79,7 @@ def check(experiment: Experiment, allow: Allowed = NOTHING) -> Check:
         experiment_id=prepared.experiment_id,
         parameters=prepared.manifest.parameters,
         layers=prepared.manifest.layers[prepared.manifest.base],
-        experts=prepared.manifest.experts,
+        experts=tuple(sorted(n for n in prepared.manifest.hashes if n != prepared.manifest.base)),
         dtype=prepared.dtype,
         device=prepared.device,
         stages=tuple(_described(prepared, n) for n in range(len(prepared.stages))),
@@ -191,7 +191,8 @@ def text(c: Check) -> str:
         lines.append(f"         {', '.join(names[:4])}" + (f", ... {names[-1]}" if len(names) > 5 else ""))
     for split, tasks in c.items.items():
         lines.append(f"{split:<8} {sum(tasks.values())} items: " + ", ".join(f"{t} {n}" for t, n in tasks.items()))
-    bound = "up to " if c.least_tokens_per_candidate < c.tokens_per_candidate else ""
+    less = c.least_tokens_per_candidate < c.tokens_per_candidate or any("route" in s for s in c.stages)
+    bound = "up to " if less else ""
     lines.append(
         f"work     {bound}{c.tokens_per_candidate:,} tokens, {c.flop_per_candidate / 1e9:,.1f} GFLOP per candidate, "
         + (f"{c.candidates} candidates" if c.candidates is not None else "limited by time or items")

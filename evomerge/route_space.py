@@ -18,6 +18,7 @@ It counts as one model with the base where natural order is concerned: its layer
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -61,7 +62,8 @@ class RouteSpace:
     """Axes of the merge that builds `merged`, where there is one, then those of the encoding, then scales and gains."""
 
     def __init__(self, spec: SpaceSpec, manifest: Manifest, dtype: Dtype) -> None:
-        """Bind a spec to a pool. Raises UserError for unknown models, too short paths and too many axes."""
+        """Bind a spec to a pool. Raises UserError for unknown models, a merge that no route goes through, too short
+        paths and too many axes."""
         assert spec.route is not None
         self.spec, self.dtype = spec, dtype
         self._route, self._manifest = spec.route, manifest
@@ -70,14 +72,18 @@ class RouteSpace:
         self._merged = Recipe.model_construct(base=manifest.base, dtype=dtype, sources={}).assembled({}, manifest)
         self.methods: tuple[Method, ...] = (METHODS["linear"],) if self._rules is None else self._rules.methods
         self.models = _models(self._route, manifest, MERGED if self._rules is not None else manifest.base)
+        if self._rules is not None and MERGED not in self.models:
+            raise UserError(
+                f"search space: route.models: {', '.join(self._rules.spec.axes)} build `{MERGED}`, which no route goes "
+                f"through; name {MERGED} too, or drop these axes"
+            )
         self.max_hops = self._most_hops()
         self._encoding = ENCODINGS[self._route.encoding](self.models, spec, self.max_hops)
         merging = () if self._rules is None else self._rules.axes
-        coefficients = tuple(self._coefficients())
-        count = len(merging) + len(self._encoding.axes) + len(coefficients)
-        if count > MOST_AXES:
+        coefficients = tuple(islice(self._coefficients(), MOST_AXES))
+        if len(merging) + len(self._encoding.axes) + len(coefficients) > MOST_AXES:
             raise UserError(
-                f"search space: route: {count:,} axes are more than {MOST_AXES:,}; take fewer models or repetitions"
+                f"search space: route: more than {MOST_AXES:,} axes; take fewer models or repetitions"
                 + (", or scales: slots" if self._route.scales == "pairs" else "")
             )
         self.axes: tuple[Axis, ...] = (*merging, *self._encoding.axes, *(self._axis(*c) for c in coefficients))
@@ -306,7 +312,7 @@ class RouteSpace:
                 "models": dict(self.models),
                 "slots": self._encoding.slots,
                 "hops": [self._encoding.least_hops, self.max_hops],
-                "scales": self._route.scales,
+                "scales": self._route.scales if "scale" in own else "none",
             },
         }
 

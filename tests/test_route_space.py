@@ -27,7 +27,7 @@ from evomerge.search.cmaes import Options
 from evomerge.space import RouteSpec, SearchSpace, SpaceSpec
 
 Data = dict[str, Any]
-Path_ = list[tuple[str, int, float]]
+Hops = list[tuple[str, int, float]]
 WEIGHT = {"weight": {"low": 0.0, "high": 1.0}}
 ENCODINGS = get_args(RouteSpec.model_fields["encoding"].annotation)
 
@@ -61,12 +61,12 @@ def plain(m: Manifest) -> Recipe:
     return Recipe.model_validate({"merge": []}).canonical(m)
 
 
-def path(r: Recipe) -> Path_:
+def path(r: Recipe) -> Hops:
     assert r.route is not None
     return [(h.from_, h.layer, h.scale) for h in r.route.hops]
 
 
-def routed(m: Manifest, hops: Path_, end: str = "base", **more: Any) -> Recipe:
+def routed(m: Manifest, hops: Hops, end: str = "base", **more: Any) -> Recipe:
     """A recipe from a list of hops."""
     steps = tuple(Hop(from_=source, layer=layer, scale=scale) for source, layer, scale in hops)
     route = Route(embed=end, final_norm=end, head=end, hops=steps)
@@ -298,7 +298,7 @@ def test_decode_is_total_and_encode_inverts_it(spec: Data, data: st.DataObject, 
     space = space_of(m, **spec)
     if data.draw(st.booleans()) and MERGED in space.models:
         merge = Recipe.from_yaml("merge: [{match: {layers: [1, 2]}, method: linear, sources: {math: {}}}]")
-        space = space.around(merge.canonical(m))  # type: ignore[assignment]
+        space = space.around(merge.canonical(m))
     size = len(space.axes)
     genes = data.draw(st.lists(st.floats(0, 1) | st.sampled_from([0.0, 1.0]), min_size=size, max_size=size))
     r = space.decode(frozen_genome(genes), m)
@@ -354,7 +354,7 @@ def test_every_path_of_a_small_array(m: Manifest) -> None:
         ({"encoding": "scales"}, [("base", 0, 1), ("base", 2, 1)]),
     ],
 )
-def test_encode_refuses_what_is_no_path_of_the_space(route: Data, hops: Path_, m: Manifest) -> None:
+def test_encode_refuses_what_is_no_path_of_the_space(route: Data, hops: Hops, m: Manifest) -> None:
     """Too many repetitions or slices, scales out of bounds or where none acts, other models and orders."""
     with pytest.raises(ValueError, match="cannot express"):
         space_of(m, route).encode(routed(m, hops), m)
@@ -398,6 +398,7 @@ def test_decode_refuses_what_is_no_genome(m: Manifest) -> None:
             {"route": {"encoding": "slices", "scales": "none"}, "axes": {"scale": {"low": 0.5, "high": 2}}},
             "`scales: none` makes all 1; keep one",
         ),
+        ({"route": {"encoding": "scales", "models": ["code"]}, "axes": WEIGHT}, "weight build `merged`, which no"),
         ({"route": {"encoding": "slices"}, "axes": WEIGHT, "method": "slerp"}, "search space: slerp is between two"),
         ({"route": {"encoding": "slices"}, "axes": {"scale": {"low": 0.5, "high": 2, "default": "uniform"}}}, "give a"),
     ],
@@ -413,7 +414,7 @@ def test_specs_that_do_not_fit(spec: Data, words: str, manifest_of: Any) -> None
 
 def test_too_many_axes_are_refused(manifest_of: Any) -> None:
     """A table over three models of 40 layers is 14,400 scales."""
-    with pytest.raises(UserError, match=f"axes are more than {MOST_AXES:,}; .* or scales: slots"):
+    with pytest.raises(UserError, match=rf"more than {MOST_AXES:,} axes; .* or scales: slots"):
         space_of(manifest_of(layers=40), {"encoding": "indicator", "scales": "pairs"})
 
 
@@ -510,12 +511,12 @@ def test_stages_follow_one_another(depths: Callable[..., Any]) -> None:
 @pytest.mark.parametrize("name", ["route-indicator", "route-slices", "route-repeats", "route-scales", "route-joint"])
 def test_library_spaces_fit_a_real_pool(name: str, depths: Callable[..., Any]) -> None:
     """`check` accepts every entry as it is, the deep expert included."""
-    assert "route" in check(depths(name)).stages[0]  # type: ignore[arg-type]
+    assert "route" in check(depths(name)).stages[0]
 
 
 def test_the_hybrid_of_the_library_fits_a_real_pool(depths: Callable[..., Any]) -> None:
     """Merge first, routes through its result then."""
-    first, second = check(depths("hybrid")).stages  # type: ignore[arg-type]
+    first, second = check(depths("hybrid")).stages
 
     assert "route" not in first
     assert list(second["route"]["models"]) == ["merged", "deep", "one", "two"]
