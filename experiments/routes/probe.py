@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from train_pair import HERE, QUICKSTART, STAGES, accuracy, load, read_items
+from train_pair import MODELS, QUICKSTART, STAGES, accuracy, load, read_items
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print a line a route; exit status 2 for bad input."""
     parser = argparse.ArgumentParser(description="Score routes through the layers of the base and the experts.")
     parser.add_argument("routes", nargs="*", default=ROUTES)
-    parser.add_argument("--models", type=Path, default=HERE / "models", help="what train_pair.py wrote")
+    parser.add_argument("--models", type=Path, default=MODELS, help="what train_pair.py wrote")
     parser.add_argument("--items", type=int, default=100, help="of each skill, default 100")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)

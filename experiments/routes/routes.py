@@ -31,7 +31,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 POOLS: Mapping[str, tuple[Path, tuple[str, ...]]] = {
     "skills": (HERE.parent / "quickstart" / "models", ("skills-base", "skills-add", "skills-attr", "skills-count")),
-    "deep": (HERE / "models", ("base", "add", "attr")),
+    "deep": (Path("runs") / "route-models", ("base", "add", "attr")),
 }
 CANDIDATES = 240
 BOOTSTRAPS = 2000

@@ -36,14 +36,15 @@ QUICKSTART = HERE.parent / "quickstart"
 sys.path.append(str(QUICKSTART))
 from train_experts import Stage, accuracy, load, normalised, read_items, save, train  # noqa: E402
 
+MODELS = Path("runs/route-models")
 COPIES = (2, 3, 2, 3, 2)  # how often each layer of skills-base stands in the grown one: 12 in all
 DROPPED = 0.2
 
 # The first stage starts from the grown skills-base, every other one from the first one's result.
 STAGES = (
     Stage("base", ("add", "attr", "count"), steps=400, lr=1e-3),
-    Stage("add", ("add",), steps=1200, lr=1e-3),
-    Stage("attr", ("attr",), steps=400, lr=1e-3),
+    Stage("add", ("add",), steps=1500, lr=1e-3),
+    Stage("attr", ("attr",), steps=700, lr=1e-3),
 )
 
 
@@ -82,7 +83,7 @@ def drop_layers(model: PreTrainedModel, share: float, rng: random.Random) -> Non
 def arguments() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description="Train the base and the two experts that layer routes go through.")
-    parser.add_argument("--to", dest="target", type=Path, default=HERE / "models", help="default: models beside this")
+    parser.add_argument("--to", dest="target", type=Path, default=MODELS, help=f"default {MODELS}")
     parser.add_argument("--steps", type=int, help="of every model, in place of the stages' own")
     parser.add_argument("--batch", type=int, default=Stage.batch, help=f"items a step, default {Stage.batch}")
     parser.add_argument("--dropped", type=float, default=DROPPED, help=f"chance of a layer, default {DROPPED}")
