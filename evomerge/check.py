@@ -7,10 +7,12 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from evomerge.commit import TOGETHER
 from evomerge.config import Experiment
 from evomerge.licences import licence_of, remarks
 from evomerge.manifest import Manifest
 from evomerge.merge.methods import BANDS, METHODS, Method
+from evomerge.merge.route import ROOM
 from evomerge.pool import TORCH_DTYPES
 from evomerge.prepare import Prepared, allowance_of, prepare
 from evomerge.search import needs_of
@@ -94,6 +96,7 @@ def check(experiment: Experiment, allow: Allowed = NOTHING) -> Check:
             *prepared.notes,
             *uncounted,
             *sampled,
+            *_shared(prepared, tokens),
             *remarks({n: licence_of(p) for n, p in prepared.folders.items()}),
         ),
     )
@@ -120,6 +123,16 @@ def _parameters(m: Manifest, hops: int) -> int:
     """Weights that a token meets in a model of so many layers of the pool."""
     layer = sum(t.size for b in m.blocks.values() if b.layer == 0 for t in b.tensors)
     return m.parameters + (hops - m.layers[m.base]) * layer
+
+
+def _shared(prepared: Prepared, tokens: int) -> list[str]:
+    """What a worker keeps for routes that begin alike: the states of all tokens behind each of a unit's forks."""
+    m = prepared.manifest
+    if all(_hops(prepared, n) == (m.layers[m.base],) * 2 for n in range(len(prepared.stages))):
+        return []
+    width = next(t.shape[1] for t in m.tensors if t.block == "embed")
+    most = min(ROOM, (TOGETHER - 1) * tokens * width * TORCH_DTYPES[prepared.dtype].itemsize)
+    return [f"routes that begin alike share hidden states, about {most / 2**20:,.0f} MiB at most in each worker"]
 
 
 def _memory(prepared: Prepared) -> int:

@@ -16,7 +16,7 @@ from evomerge.canonical import canonical_json
 from evomerge.errors import UserError
 from evomerge.manifest import Manifest
 from evomerge.merge.methods import BANDS, METHODS
-from evomerge.recipe import Recipe, check_value, rounded
+from evomerge.recipe import Recipe, check_value, in_common, rounded
 from evomerge.yamlio import dump_yaml
 
 Data = dict[str, Any]
@@ -320,10 +320,27 @@ def rules(draw: st.DrawFn) -> Data:
     }
 
 
+SOURCES = st.sampled_from(["merged", "base", "math", "code"])
+GAINS = st.one_of(st.just(1.0), st.floats(-3, 3))
+
+
+@st.composite
+def routes(draw: st.DrawFn) -> Data:
+    """Any path of a few hops; half of them go through the layers in order, as merges do."""
+    layers = draw(st.one_of(st.just([0, 1, 2, 3]), st.lists(st.integers(0, 3), min_size=1, max_size=7)))
+    scaled = draw(st.booleans())
+    hops: list[Data] = [{"from": draw(SOURCES), "layer": i} for i in layers]
+    for hop in hops if scaled else ():
+        hop |= {"scale": draw(st.floats(1e-3, 9)), "attn_gain": draw(GAINS), "mlp_gain": draw(GAINS)}
+    end = draw(SOURCES)
+    return {"embed": end, "final_norm": draw(SOURCES), "head": end, "hops": hops}
+
+
 RECIPES = st.builds(
-    lambda merge, dtype: {"recipe": 1, "dtype": dtype, "merge": merge},
+    lambda merge, dtype, route: {"recipe": 1, "dtype": dtype, "merge": merge} | ({"route": route} if route else {}),
     st.lists(rules(), max_size=4),
     st.sampled_from(["float32", "bfloat16"]),
+    st.one_of(st.none(), routes()),
 )
 
 
@@ -383,6 +400,93 @@ def test_written_recipe_reads_back_equal(data: Data) -> None:
     r = Recipe.from_yaml(dump_yaml(data))
 
     assert Recipe.from_yaml(r.to_yaml()) == r
+
+
+# -- routes ------------------------------------------------------------------------------
+
+
+def through(*hops: tuple[str, int], merge: Any = (), **ends: str) -> Recipe:
+    path = [{"from": source, "layer": layer} for source, layer in hops]
+    return Recipe.model_validate({"merge": list(merge), "route": {**ends, "hops": path}})
+
+
+def test_a_natural_path_is_a_merge(m: Manifest) -> None:
+    """Every layer once and in order is no route, whatever it comes from: the merge that takes each as it is."""
+    half = {"method": "task_arithmetic", "sources": {"math": {"weight": 0.5}}}
+    path = through(("merged", 0), ("code", 1), ("base", 2), ("merged", 3), merge=[half], embed="code").canonical(m)
+    rules: list[Data] = [
+        {"match": {"layers": [1, 1]}, "method": "linear", "sources": {"code": {}}},
+        {"match": {"module": "embed"}, "method": "linear", "sources": {"code": {}}},
+        {"match": {"layers": [2, 2]}, "method": "linear", "sources": {"base": {}}},
+        half,
+    ]
+
+    assert path.route is None
+    assert path.id == Recipe.model_validate({"merge": rules}).canonical(m).id
+    assert through(*(("base", i) for i in range(4))).canonical(m).id == Recipe().canonical(m).id
+
+
+def test_rules_that_no_hop_uses_are_inert(m: Manifest) -> None:
+    """Rules of layers that the path leaves out go, and a merged layer without rules is the base's."""
+    rule = {"match": {"layers": [1, 2]}, "method": "task_arithmetic", "sources": {"math": {"weight": 0.5}}}
+    short = through(("merged", 0), ("merged", 1), ("math", 1), merge=[rule]).canonical(m)
+
+    assert {*short.blocks} == {"layers.1.attention", "layers.1.mlp", "layers.1.norm"}
+    assert short.route is not None
+    assert [h.from_ for h in short.route.hops] == ["base", "merged", "math"]
+    assert through(("merged", 0), ("merged", 0), merge=[rule]).canonical(m).blocks == {}
+
+
+def test_scales_and_gains_make_a_route(m: Manifest) -> None:
+    """A scale on the natural path is another model; what scales amount to accumulates from hop to hop."""
+    hops = [{"from": "base", "layer": i} for i in range(4)]
+    hops[1] |= {"scale": 2.0}
+    hops[3] |= {"scale": 0.5, "mlp_gain": 3.0}
+    scaled = Recipe.model_validate({"route": {"hops": hops}}).canonical(m)
+
+    assert scaled.route is not None
+    assert scaled.route.gains() == [(1.0, 1.0), (0.5, 0.5), (0.5, 0.5), (1.0, 3.0)]
+    assert scaled.id != Recipe().canonical(m).id
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        (through(("base", 4)), "route, hop 1: 'base' has layers 0 to 3, not 4"),
+        (through(("base", 0), ("meth", 0)), "route, hop 2: unknown source 'meth'; did you mean 'math'?"),
+        (through(("base", 0), head="meth"), "route.head: unknown source 'meth'; did you mean 'math'?"),
+    ],
+)
+def test_hops_that_are_not_there(recipe: Recipe, words: str, m: Manifest) -> None:
+    """The hop is named, and what it may be."""
+    with pytest.raises(UserError) as caught:
+        recipe.canonical(m)
+    assert str(caught.value) == words
+
+
+def test_tied_models_have_one_source_of_both_ends(manifest_of: Any) -> None:
+    """Head and embedding are one tensor there."""
+    tied = manifest_of(layers=4, tied=True)
+
+    with pytest.raises(
+        UserError, match="tie the head to the embedding, so head 'merged' must be the same as embed 'math'"
+    ):
+        through(("base", 0), embed="math").canonical(tied)
+    assert {*through(("base", 0), embed="math", head="math").canonical(tied).blocks} == {"embed"}
+
+
+def test_paths_begin_alike(m: Manifest) -> None:
+    """`path` tells hops apart by source, layer, scales so far, rules of merged layers and the embedding."""
+    rule = {"match": {"layers": [1, 2]}, "method": "task_arithmetic", "sources": {"math": {"weight": 0.5}}}
+    other = {**rule, "sources": {"math": {"weight": 0.25}}}
+    hops = [("base", 0), ("merged", 1), ("math", 3), ("base", 0)]
+    one = through(*hops, merge=[rule]).canonical(m).path
+
+    assert in_common(one, through(*hops[:3], merge=[rule]).canonical(m).path) == 3
+    assert in_common(one, through(*hops, merge=[other]).canonical(m).path) == 1
+    assert in_common(one, through(*hops, merge=[rule], embed="math").canonical(m).path) == 0
+    assert in_common(one, through(*hops[:2], ("math", 2), merge=[rule]).canonical(m).path) == 2
+    assert Recipe().canonical(m).path == ()
 
 
 # -- wider than what is built ------------------------------------------------------------

@@ -108,9 +108,7 @@ def test_layers_that_know_their_place(tiny_model: Any) -> None:
     inverse = configured(tiny_model, "gpt2", scale_attn_by_inverse_layer_idx=True)
     pool = ModelPool.open(inverse, {"x": inverse})
 
-    assert "scale_attn_by_inverse_layer_idx ties what a layer does to" in refusal(
-        lambda: check_routable(pool)
-    )
+    assert "scale_attn_by_inverse_layer_idx ties what a layer does to" in refusal(lambda: check_routable(pool))
 
 
 @pytest.mark.parametrize("arch", ["olmo2", "mixtral", "mamba"])
