@@ -13,7 +13,7 @@ from evomerge.licences import licence_of, remarks
 from evomerge.manifest import Manifest
 from evomerge.merge.methods import BANDS, METHODS, Method
 from evomerge.merge.route import ROOM
-from evomerge.pool import TORCH_DTYPES
+from evomerge.pool import DTYPES, TORCH_DTYPES
 from evomerge.prepare import Prepared, allowance_of, prepare
 from evomerge.search import needs_of
 from evomerge.tasks.base import NOTHING, Allowed
@@ -125,10 +125,15 @@ def _parameters(m: Manifest, hops: int) -> int:
     return m.parameters + (hops - m.layers[m.base]) * layer
 
 
+def _routed(prepared: Prepared) -> bool:
+    algorithms = [prepared.experiment.algorithm_of(stage)[0] for stage in prepared.stages]
+    return any(needs_of(a).routes for a in algorithms) or any("route" in s.describe() for s in prepared.spaces)
+
+
 def _shared(prepared: Prepared, tokens: int) -> list[str]:
     """What a worker keeps for routes that begin alike: the states of all tokens behind each of a unit's forks."""
     m = prepared.manifest
-    if all(_hops(prepared, n) == (m.layers[m.base],) * 2 for n in range(len(prepared.stages))):
+    if not _routed(prepared):
         return []
     width = next(t.shape[1] for t in m.tensors if t.block == "embed")
     most = min(ROOM, (TOGETHER - 1) * tokens * width * TORCH_DTYPES[prepared.dtype].itemsize)
@@ -149,7 +154,10 @@ def _memory(prepared: Prepared) -> int:
         kept = 1 - 1 / len(BANDS)
         sides = [min(t.shape) for t in m.tensors if t.matrix]
         sketches += sum(side * math.ceil(kept * side) for side in sides)
-    return (sum(map(m.elements_of, m.hashes)) + m.elements) * size + 4 * len(m.experts) * sketches
+    sources, stored = sum(map(m.elements_of, m.hashes)), DTYPES[max(m.tensors, key=lambda t: t.size).dtype].itemsize
+    # Layers that a route goes through in another dtype than the stored one are copies.
+    copies = sources * size if stored != size and _routed(prepared) else 0
+    return sources * stored + m.elements * size + copies + 4 * len(m.experts) * sketches
 
 
 def _cpu_flops(threads: int) -> float:

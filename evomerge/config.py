@@ -14,6 +14,7 @@ from evomerge.errors import UserError, nearest
 from evomerge.fitness import FitnessSpec, resolve_fitness
 from evomerge.hub import named
 from evomerge.library import find
+from evomerge.manifest import RESERVED
 from evomerge.mergekit_evolve import is_genome_file
 from evomerge.recipe import Recipe
 from evomerge.schema import validated
@@ -38,7 +39,7 @@ class Models(_Part):
     @model_validator(mode="after")
     def _names(self) -> Models:
         for name in self.experts:
-            if not name.replace("-", "").replace("_", "").isalnum() or name in ("base", "merged", "uniform"):
+            if not name.replace("-", "").replace("_", "").isalnum() or name in RESERVED:
                 raise ValueError(
                     f"experts: the name {name!r} is reserved or has other signs than letters, digits, - and _"
                 )

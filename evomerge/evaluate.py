@@ -49,23 +49,20 @@ class MergeEvaluator:
         self.device = torch.device(spec.device)
         inference(self.device, spec.threads)
         experts = {n: folder_of(p) for n, p in spec.experts.items()}
-        pool = ModelPool.open(folder_of(spec.base), experts, spec.manifest.base)
-        self._builder = Builder(Bank.load(pool, spec.manifest, self.device), spec.dtype)
-        self._base = pool.checkpoints[pool.base].path
-        self._pool = pool
-        self._candidate = self._scorable()
-        self._router = self._routed()
-        self._plans = spec.plans
+        self._pool = ModelPool.open(folder_of(spec.base), experts, spec.manifest.base)
+        self._manifest, self._dtype, self._plans = spec.manifest, spec.dtype, spec.plans
+        self._open()
         cuda = self.device.type == "cuda"
         self._device_name = torch.cuda.get_device_name(self.device) if cuda else "cpu"
         self._scorers = {kind: make_scorer(kind) for kind in {p.kind for p in spec.plans.values()}}
 
-    def _scorable(self) -> Scorable:
-        model = live_model(self._base, self._builder.views(), self._builder.dtype)
-        return Scorable(model, load_tokenizer(self._base), self._builder.distance)
-
-    def _routed(self) -> Router:
-        return Router(self._candidate.model, self._pool, self._builder)
+    def _open(self) -> None:
+        """Read the weights, and put a live model over a buffer for merges of them."""
+        base = self._pool.checkpoints[self._pool.base].path
+        self._builder = Builder(Bank.load(self._pool, self._manifest, self.device), self._dtype)
+        model = live_model(base, self._builder.views(), self._dtype)
+        self._router = Router(model, self._pool, self._builder)
+        self._candidate = Scorable(model, load_tokenizer(base), self._router.distance)
 
     def evaluate(self, unit: WorkUnit) -> list[tuple[Evaluation, Telemetry]]:
         """One result per job, in order. Never raises for a bad candidate.
@@ -76,7 +73,11 @@ class MergeEvaluator:
         out = []
         for i, job in enumerate(unit.jobs):
             self._router.shared.expect(paths[i], paths[i + 1 :])
-            out.append(self._one(job))
+            result = self._one(job)
+            if result[0].status == "failed:oom" and self._router.shared.used:  # others' states may have been too much
+                self._router.shared.clear()
+                result = self._one(job)
+            out.append(result)
         self._router.shared.clear()
         return out
 
@@ -93,9 +94,7 @@ class MergeEvaluator:
         except (BuildError, NonFinite) as e:
             result = Evaluation("failed:nan", reason=str(e))
         except Altered as e:
-            self._builder.forget()
-            self._candidate = self._scorable()
-            self._router = self._routed()
+            self._open()  # a route's layers are the resident weights themselves
             result = Evaluation("failed:error", reason=str(e)[:500])
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()

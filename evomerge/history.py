@@ -187,7 +187,7 @@ class History:
             evaluated,
             merged,
             gradients,
-            str(events[-1]["reason"]) if stopped and events[-1]["reason"] != BUDGET else None,
+            _printable(_typed(events[-1], "reason", str)) if stopped and events[-1]["reason"] != BUDGET else None,
         )
 
     # -- candidates ---------------------------------------------------------------------------------------
@@ -199,16 +199,16 @@ class History:
 
     def space(self, stage: int) -> SearchSpace:
         """The search space of a stage, around what an earlier stage found where it has routes through that."""
-        if stage not in self._around:
+        if stage not in self._spaces_around:
             space, merged = self.spaces[stage], self.merged.get(stage)
             # Only what an earlier stage asked for: a journal from elsewhere must not lead in circles.
             if merged is not None and self.entry(merged).stage < stage:
                 space = space.around(self.recipe(merged))
-            self._around[stage] = space
-        return self._around[stage]
+            self._spaces_around[stage] = space
+        return self._spaces_around[stage]
 
     @cached_property
-    def _around(self) -> dict[int, SearchSpace]:
+    def _spaces_around(self) -> dict[int, SearchSpace]:
         return {}
 
     def recipe(self, candidate: int) -> Recipe:
@@ -385,6 +385,11 @@ def _typed(event: Event, key: str, kind: type) -> Any:
     if type(event[key]) is not kind:
         raise ValueError(f"{key} is {event[key]!r}")
     return event[key]
+
+
+def _printable(text: str) -> str:
+    """A journal may hold any text: no line breaks, no escapes for terminals."""
+    return text if text.isprintable() else repr(text)
 
 
 def _line(e: Exception) -> str:

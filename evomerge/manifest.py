@@ -9,6 +9,9 @@ from typing import Any
 
 from evomerge.canonical import digest
 
+RESERVED = frozenset({"base", "merged", "uniform", "experts"})
+"""Names that no expert may have: they mean something in recipes, spaces and tables."""
+
 
 @dataclass(frozen=True)
 class TensorInfo:

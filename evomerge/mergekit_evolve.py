@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from evomerge.errors import UserError
 from evomerge.hub import folder_of, named
 from evomerge.library import located
+from evomerge.manifest import RESERVED
 from evomerge.schema import validated
 from evomerge.yamlio import dump_yaml, load_yaml
 
@@ -162,7 +163,7 @@ def _models(g: _Genome, path: Path) -> dict[str, Any]:
         if model == base:
             continue  # its difference to itself is nothing
         name = re.sub(r"[^A-Za-z0-9_-]", "-", Path(model.partition("@")[0]).name)
-        if name in ("base", "merged", "uniform"):
+        if name in RESERVED:
             name += "-model"
         while name in experts:
             name += "-2"

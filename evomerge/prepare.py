@@ -27,6 +27,7 @@ from evomerge.refusals import (
     check_algorithms,
     check_axes,
     check_designs,
+    check_distances,
     check_gradients,
     check_one_objective,
     check_populations,
@@ -256,21 +257,28 @@ def prepare(
         check_designs(experiment, spaces, manifest.experts, allowance)
     folders = {n: c.path for n, c in pool.checkpoints.items()}
     prepared = Prepared(experiment, manifest, dtype, plans, spaces, device, (*picked, *pool.notes()), folders)
-    prepared.given_recipes()
+    if any(r.route is not None for r in prepared.given_recipes()):
+        check_routes_fit(pool)
+        check_distances(experiment)
     return prepared
 
 
 def check_depths(experiment: Experiment, pool: Any) -> None:
     """Raises UserError for models of different depth where only merges are searched, and for a pool whose layers cannot
     follow one another where routes are."""
-    from evomerge.merge.route import check_routable
-
     named = [experiment.algorithm_of(s)[0] for s in experiment.stages if not experiment.is_auto(s)]
     spaces = [s.space for s in experiment.stages if isinstance(s.space, SpaceSpec)]
     if any(needs_of(a).routes for a in named) or any(s.route is not None for s in spaces):
-        check_routable(pool)
+        check_routes_fit(pool)
     else:
         pool.check_mergeable()
+
+
+def check_routes_fit(pool: Any) -> None:
+    """Raises UserError for a pool whose layers cannot follow one another."""
+    from evomerge.merge.route import check_routable
+
+    check_routable(pool)
 
 
 def with_groups(

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -171,7 +171,8 @@ class Route(_Part):
         """
         out, accumulated = [], 1.0
         for hop in self.hops:
-            accumulated *= hop.scale
+            # Beyond these float32 has no numbers any more.
+            accumulated = min(max(accumulated * hop.scale, 1e-30), 1e30)
             out.append((hop.attn_gain / accumulated, hop.mlp_gain / accumulated))
         return out
 
@@ -487,7 +488,8 @@ class Recipe(_Part):
         if self.route is None:
             return ()
 
-        def built(*prefix: str) -> Any:
+        @cache
+        def built(prefix: str) -> Any:
             if self.segments is not None:
                 return self.segments.model_dump_json()
             rules = [(n, r) for n, r in self.blocks.items() if n.startswith(prefix)]
@@ -599,6 +601,14 @@ def _natural(hops: tuple[Hop, ...], manifest: Manifest) -> bool:
     return [h.layer for h in hops] == list(range(manifest.layers[manifest.base])) and all(
         h.plain and h.from_ in mergeable for h in hops
     )
+
+
+def taken_whole(rule: Rule) -> str | None:
+    """The source whose weights a canonical rule takes as they are, or None."""
+    if rule.method != "linear" or len(rule.sources) != 1:
+        return None
+    [(name, coefficients)] = rule.sources.items()
+    return name if rule.params["normalize"] or coefficients["weight"] == 1.0 else None
 
 
 def _whole(source: str) -> Rule:

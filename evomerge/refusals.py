@@ -231,16 +231,38 @@ def check_routes(experiment: Experiment, spaces: Sequence[SearchSpace]) -> None:
     for n, (stage, space) in enumerate(zip(experiment.stages, spaces, strict=True)):
         name, _ = experiment.algorithm_of(stage)
         needs, routed = needs_of(name), isinstance(space, RouteSpace)
-        if routed and needs.proposes == "recipes" and not needs.routes:
+        at = at_stage(n, experiment.stages)
+        if routed and needs.routes:
             raise UserError(
-                f"search: {at_stage(n, experiment.stages)}{name} mixes the models itself and knows no layer routes; "
-                "use algorithm: auto, or drop route"
+                f"search: {at}{name} makes its paths itself and would not see this search space; drop search_space, or "
+                "use algorithm: auto"
             )
-        for far in (t.name for t in experiment.tasks if (routed or needs.routes) and t.kind == "weights"):
+        if routed and needs.proposes == "recipes":
             raise UserError(
-                f"task {far!r} of kind weights compares a model with the base weight by weight, which a layer route "
-                "leaves nothing of; drop the task, or use kind structure"
+                f"search: {at}{name} mixes the models itself and knows no layer routes; use algorithm: auto, or drop "
+                "route"
             )
+        if isinstance(space, RuleSpace) and not space.axes and not needs.routes:
+            raise UserError(
+                f"search: {at}{name} merges, but no expert has as many layers as the base; use a space with route, or "
+                "route-ga"
+            )
+        if n == 0 and isinstance(space, RouteSpace) and space.waits_for_merge:
+            raise UserError(
+                "search_space: route.models names `merged`, but nothing is merged before; name the base, add merge "
+                "axes such as weight, or let a stage of merges come first"
+            )
+        if routed or needs.routes:
+            check_distances(experiment)
+
+
+def check_distances(experiment: Experiment) -> None:
+    """Raises UserError where a task looks at weights beside the base's, though there are layer routes."""
+    for far in (t.name for t in experiment.tasks if t.kind == "weights"):
+        raise UserError(
+            f"task {far!r} of kind weights compares a model with the base weight by weight, which a layer route leaves "
+            "nothing of; drop the task, or use kind structure"
+        )
 
 
 def check_designs(

@@ -27,7 +27,7 @@ from evomerge.errors import UserError, nearest
 from evomerge.manifest import Manifest
 from evomerge.merge.methods import METHODS, Method
 from evomerge.proposal import Genome, frozen_genome
-from evomerge.recipe import MAX_HOPS, MERGED, Dtype, Hop, Recipe, Route, Rule
+from evomerge.recipe import MAX_HOPS, MERGED, Dtype, Hop, Recipe, Route, Rule, taken_whole
 from evomerge.space import Axis, AxisSpec, RouteSpec, RuleSpace, SearchSpace, SpaceSpec, decoded
 
 EXPERTS = "experts"
@@ -69,6 +69,11 @@ class RouteSpace:
         self._route, self._manifest = spec.route, manifest
         merges = spec.merges
         self._rules = None if merges is None else RuleSpace(merges, manifest, dtype)
+        if self._rules is not None and not manifest.experts:
+            raise UserError(
+                f"search space: route: no expert has as many layers as the base, so {', '.join(self._rules.spec.axes)} "
+                "merges nothing; leave the merge axes out"
+            )
         self._merged = Recipe.model_construct(base=manifest.base, dtype=dtype, sources={}).assembled({}, manifest)
         self.methods: tuple[Method, ...] = (METHODS["linear"],) if self._rules is None else self._rules.methods
         self.models = _models(self._route, manifest, MERGED if self._rules is not None else manifest.base)
@@ -125,12 +130,17 @@ class RouteSpace:
     def _family(self, model: str) -> str:
         return self._manifest.base if model == MERGED else model
 
+    @property
+    def waits_for_merge(self) -> bool:
+        """Whether paths go through a `merged` model that only an earlier stage can build."""
+        return self._rules is None and MERGED in self.models
+
     def around(self, r: Recipe) -> SearchSpace:
         """A copy in which `merged` is what the rules or segments of `r` build; every decoded recipe carries them.
 
         The space itself where no route goes through `merged`, and where it has axes of its own for it.
         """
-        if self._rules is not None or MERGED not in self.models:
+        if not self.waits_for_merge:
             return self
         space = RouteSpace(self.spec, self._manifest, self.dtype)
         whole = r.model_copy(update={"route": None, "dtype": self.dtype})
@@ -252,7 +262,7 @@ class RouteSpace:
             if block.layer is None:
                 certain = pinned
             elif hops is None:
-                certain = (pinned and block.layer in (0, last)) or (rule is not None and _source(rule) is None)
+                certain = (pinned and block.layer in (0, last)) or (rule is not None and taken_whole(rule) is None)
             else:
                 certain = block.layer in hops
             (sure if certain else unsure)[block.name] = rule
@@ -274,7 +284,7 @@ class RouteSpace:
             for i in range(m.layers[m.base]):
                 names = [n for n, b in m.blocks.items() if b.layer == i]
                 mine = [r.blocks.get(n) for n in names]
-                sources = {m.base if rule is None else _source(rule) for rule in mine}
+                sources = {m.base if rule is None else taken_whole(rule) for rule in mine}
                 found = {s for s in sources if s is not None} if len(sources) == 1 else set()
                 if merged.segments is None and mine == [merged.blocks.get(n) for n in names]:
                     found.add(MERGED)
@@ -322,14 +332,6 @@ _PLAIN = {"scale": 1.0, "attn_gain": 1.0, "mlp_gain": 1.0}
 
 def _pair(a: tuple[str, int], b: tuple[str, int]) -> str:
     return f"route.{a[0]}.{a[1]}>{b[0]}.{b[1]}.scale"
-
-
-def _source(rule: Rule) -> str | None:
-    """The source that a canonical rule takes as it is, or None."""
-    if rule.method != "linear" or len(rule.sources) != 1:
-        return None
-    [(name, values)] = rule.sources.items()
-    return name if dict(values) == {"weight": 1.0} else None
 
 
 def _models(route: RouteSpec, m: Manifest, first: str) -> dict[str, int]:

@@ -56,9 +56,10 @@ def score_recipe(
     inference(place, torch.get_num_threads())
     builder = Builder(Bank.load(pool, manifest, place), canonical.dtype)
     model = live_model(base.path, builder.views(), canonical.dtype)
-    candidate = Scorable(model, load_tokenizer(base.path), builder.distance)
+    router = Router(model, pool, builder)
+    candidate = Scorable(model, load_tokenizer(base.path), router.distance)
     builder.build(canonical)
-    Router(model, pool, builder).follow(canonical)
+    router.follow(canonical)
     out: dict[str, dict[str, Mapping[str, object]]] = {s: {} for s in splits}
     for task, plan in plans.items():
         scorer = make_scorer(plan.kind)

@@ -118,7 +118,16 @@ def mergekit_config(recipe: Recipe, pool: ModelPool, manifest: Manifest) -> dict
                 "mergekit changes the number of layers in config.json, but not layer_types, which the base's "
                 f"architecture {pool.checkpoints[pool.base].model_type!r} has for each layer"
             )
-    return to_mergekit(recipe, manifest, _paths(pool))
+    config = to_mergekit(recipe, manifest, _paths(pool))
+    if recipe.route is not None:
+        rows = {n: {t: c.tensors[t].shape[0] for t in c.stock.rows} for n, c in pool.checkpoints.items()}
+        for source in {n for end in recipe.blocks.values() for n in end.sources}:
+            if rows[source] != rows[pool.base]:
+                raise MergekitError(
+                    f"mergekit takes all {max(rows[source].values())} token rows of {source!r}, the recipe the base's "
+                    f"{max(rows[pool.base].values())}"
+                )
+    return config
 
 
 def _parents(recipe: Recipe, pool: ModelPool, manifest: Manifest, history: History | None) -> list[Parent]:

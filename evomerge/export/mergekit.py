@@ -15,7 +15,7 @@ from evomerge.architectures import ARCHITECTURES
 from evomerge.errors import UserError
 from evomerge.manifest import Block, Manifest
 from evomerge.merge.methods import METHODS
-from evomerge.recipe import MERGED, Recipe, Route, Rule
+from evomerge.recipe import MERGED, Recipe, Route, Rule, taken_whole
 
 NAMES = {m: m for m in ("linear", "task_arithmetic", "ties", "dare_linear", "dare_ties")}
 """Our method -> mergekit's. SLERP has a form of its own."""
@@ -129,10 +129,8 @@ def _taken_from(recipe: Recipe, block: str) -> str:
     rule = recipe.blocks.get(block)
     if rule is None:
         return recipe.base
-    if rule.method == "linear" and len(rule.sources) == 1:
-        [(name, coefficients)] = rule.sources.items()
-        if rule.params["normalize"] or coefficients["weight"] == 1.0:
-            return name
+    if (source := taken_whole(rule)) is not None:
+        return source
     raise MergekitError(f"mergekit either merges or stacks layers, and the route's {block} is merged; export it first")
 
 

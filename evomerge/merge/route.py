@@ -15,15 +15,17 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from evomerge.architectures import ARCHITECTURES
-from evomerge.errors import UserError
+from evomerge.errors import RunError, UserError
 from evomerge.merge.bank import Bank
 from evomerge.merge.builder import Builder
+from evomerge.merge.pipeline import BuildError
 from evomerge.pool import ModelPool
 from evomerge.recipe import MERGED, Recipe, Route, in_common
 
@@ -32,6 +34,9 @@ Steps = tuple[Any, ...]
 
 ROOM = 1 << 30
 """Bytes of hidden states that are kept for candidates whose paths begin alike."""
+
+MOST_HOPS = 2000
+"""Hops whose modules are kept for later routes; each takes some tens of kB."""
 
 SAME = (
     *("rope_parameters", "rope_theta", "rope_scaling", "partial_rotary_factor", "head_dim", "hidden_size"),
@@ -77,6 +82,12 @@ def check_routable(pool: ModelPool) -> None:
                 f"expert {name!r} ({c.path}): layer_types has {min(kinds - known)!r}, which none of the base's layers "
                 "is; a route through it needs a base that has both"
             )
+        ours, theirs = (getattr(m.stock.config, "layer_types", None) for m in (base, c))
+        if c.layers == base.layers and ours != theirs:
+            raise UserError(
+                f"expert {name!r} ({c.path}): layer_types is {theirs}, but the base's is {ours}; models of as many "
+                "layers must agree in it"
+            )
         for tensor, t in c.tensors.items():
             if (found := row.layer_of(tensor)) is not None and shapes.setdefault(found[1], t.shape) != t.shape:
                 raise UserError(
@@ -121,7 +132,7 @@ class Shared:
 
     def longest(self, path: Steps, key: Any) -> tuple[int, Tensor | None]:
         """Of the beginnings that this pass is known behind, the number of hops of the longest, and the state."""
-        for n in range(len(path), 0, -1):
+        for n in range(len(path), 0, -1) if self.states else ():
             if (state := self.states.get(path[:n], {}).get(key)) is not None:
                 return n, state
         return 0, None
@@ -176,6 +187,16 @@ class Router:
             hops[-1].gains[:] = gains
         self._place(nn.ModuleList(hops), len(hops), layer_types(recipe.route, self._pool))
 
+    def distance(self) -> float:
+        """How far the merged weights are from the base (`Builder.distance`). Raises RunError along a route."""
+        if self._path:
+            raise RunError("a layer route has no distance from the base, weight by weight")
+        return self._builder.distance()
+
+    def __deepcopy__(self, memo: Any) -> Router:
+        """Itself: a copy of the live model goes through copies of its hops."""
+        return self
+
     def _place(self, layers: nn.ModuleList, count: int, kinds: Any) -> None:
         assert self._row is not None
         parent, _, name = self._row.stack.rpartition(".")
@@ -193,6 +214,8 @@ class Router:
 
     def _hop(self, source: str, layer: int, place: int) -> _Hop:
         key = (source, layer, place)
+        if len(self._hops) > MOST_HOPS:
+            self._hops.clear()
         if key not in self._hops:
             self._hops[key] = _Hop(self, _twin(self._layer(source, layer), self.model.config, place), place)
         return self._hops[key]
@@ -248,7 +271,12 @@ class Router:
 
     def passed(self, place: int, state: Tensor) -> None:
         """Told what came out of a hop."""
-        if self._sharing and not self._filling and (path := self._path[: place + 1]) in self.shared.wanted:
+        if (
+            self._sharing
+            and self.shared.wanted
+            and not self._filling
+            and (path := self._path[: place + 1]) in self.shared.wanted
+        ):
             self.shared.keep(path, (self._key, self._passes), state)
 
 
@@ -262,13 +290,7 @@ class _Hop(nn.Module):
         self._router, self._place = router, place
         assert router._row is not None
         for i, name in enumerate(router._row.branches):
-            layer.get_submodule(name).register_forward_hook(self._scaled(i))
-
-    def _scaled(self, i: int) -> Any:
-        def hook(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
-            return output if self.gains[i] == 1.0 else output * self.gains[i]
-
-        return hook
+            layer.get_submodule(name).register_forward_hook(partial(_multiplied, self.gains, i))
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The layer's output, unless this pass has it already."""
@@ -285,6 +307,10 @@ class _Hop(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("layer"), name)
+
+
+def _multiplied(gains: list[float], i: int, _module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+    return output if gains[i] == 1.0 else output * gains[i]
 
 
 def layer_weights(bank: Bank, source: str, layer: int, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -344,6 +370,8 @@ def routed_weights(route: Route, pool: ModelPool, builder: Builder) -> dict[str,
             if gain != 1.0:
                 tensor = tensor.float().add(row.offset).mul_(gain).sub_(row.offset).to(dtype)
             # A plain checkpoint has no two tensors in one place: what is gone over again is copied.
+            if not bool(tensor.isfinite().all()):
+                raise BuildError(f"NaN or infinite weights in {name} of hop {j + 1}, layer {hop.layer} of {hop.from_}")
             again = any((h.from_, h.layer) == (hop.from_, hop.layer) for h in route.hops[:j])
             out[f"{row.stack}.{j}.{name}"] = tensor.clone() if again else tensor
     return out

@@ -9,7 +9,7 @@ from itertools import pairwise
 from evomerge.errors import UserError
 from evomerge.history import History
 from evomerge.manifest import Manifest
-from evomerge.recipe import MERGED, Hop, Recipe, Route
+from evomerge.recipe import MERGED, Hop, Recipe, Route, taken_whole
 from evomerge.report.figures import DIVERGING, GREY, Figure, clipped, legend_rows, styles
 
 ENDS = ("embed", "final_norm", "head")
@@ -126,9 +126,7 @@ def _ends(recipe: Recipe, manifest: Manifest) -> list[str]:
         elif (rule := recipe.blocks.get(end)) is None:
             continue
         else:
-            (first, coefficients), *others = rule.sources.items()
-            whole = rule.method == "linear" and not others and coefficients == {"weight": 1.0}
-            source = first if whole else MERGED
+            source = taken_whole(rule) or MERGED
         found.setdefault(source, []).append(end.replace("_", " "))
     return [f"{', '.join(ends)} of {_name(source)}" for source, ends in found.items()]
 

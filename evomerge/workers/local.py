@@ -190,7 +190,7 @@ class LocalExecutor:
         if task.attempts < ATTEMPTS:
             self._queue.appendleft(task)
             return []
-        return give_up(self._queue, worker.name, task, "failed:died", f"its worker died {ATTEMPTS} times ({how})")
+        return give_up(self._queue, worker.name, task, "failed:died", f"its worker died {task.attempts} times ({how})")
 
     def _check_limits(self, i: int) -> list[Done]:
         worker = self._workers[i]

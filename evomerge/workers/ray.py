@@ -245,7 +245,7 @@ class RayExecutor:
             self._queue.appendleft(task)
             return []
         return give_up(
-            self._queue, f"{worker.name}@{worker.host}", task, "failed:died", f"its worker died {ATTEMPTS} times"
+            self._queue, f"{worker.name}@{worker.host}", task, "failed:died", f"its worker died {task.attempts} times"
         )
 
     def _check_limits(self, worker: _Worker) -> list[Done]:

@@ -27,7 +27,7 @@ def give_up(queue: deque[Task], worker: str, task: Task, status: str, reason: st
     """
     jobs = task.unit.jobs
     if len(jobs) > 1:
-        queue.extendleft(Task(WorkUnit(task.unit.id, (job,)), ATTEMPTS - 1) for job in reversed(jobs))
+        queue.extendleft(Task(WorkUnit(task.unit.id, (job,)), task.attempts) for job in reversed(jobs))
         return []
     telemetry = Telemetry(worker=worker, attempts=task.attempts)
     return [(job, Evaluation(status, reason=reason), telemetry) for job in jobs]

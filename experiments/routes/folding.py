@@ -141,7 +141,7 @@ def measure(pool: ModelPool, tokens: Tensor, folder: Path) -> dict[str, Any]:
         builder = Builder(bank, dtype)
         model = live_model(base.path, builder.views(), dtype)
         builder.build(recipe)
-        router = Router(model, pool, bank, builder)
+        router = Router(model, pool, builder)
         router.follow(recipe)
         live[dtype] = log_p(model, tokens)
         written = write_hf(folder / dtype, recipe, pool, manifest)

@@ -2,7 +2,8 @@
 
 `python experiments/routes/routes.py skills|deep [SEED ...]` writes results-NAME.json and table-NAME.md beside itself;
 runs that are finished in runs/routes are read, not repeated. `skills` are the quickstart's models of 5 layers, `deep`
-those of 12 that `python experiments/routes/train_pair.py` trains. The fitness is the quickstart's. What a search
+those of 12 that `python experiments/routes/train_pair.py` trains. The fitness is the quickstart's without its floor, on
+fresh common samples of the search items; the mean over tasks of the probability of the right choice. What a search
 returns is what `evomerge` returns: the best finalist on the select split, looked at once on the report split. There it
 is compared with the best single model (base or expert, chosen on select, too), with a bootstrap over the items of each
 task. `scales 1` is the ablation of the paper: the winner once more with every scale and gain set to 1.
@@ -26,6 +27,7 @@ from evomerge.prepare import Prepared, prepare
 from evomerge.proposal import Job, WorkUnit
 from evomerge.recipe import Recipe
 from evomerge.run import run
+from evomerge.yamlio import load_yaml
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -34,15 +36,22 @@ POOLS: Mapping[str, tuple[Path, tuple[str, ...]]] = {
     "deep": (Path("runs") / "route-models", ("base", "add", "attr")),
 }
 CANDIDATES = 240
+ITEMS = 192
 BOOTSTRAPS = 2000
+FROM = ["add", "experts", "base"]
+"""Model A of the indicators is the best single one; the genetic algorithm begins with the paths of all."""
 SEARCHES: Mapping[str, tuple[str, Any]] = {
     "weights per layer": ("cma-es", "per-layer"),
-    "routes, indicators": ("cma-es", "route-indicator"),
-    "routes, indicators without scales": ("cma-es", {"route": {"encoding": "indicator", "scales": "none"}}),
-    "routes, slices": ("tpe", "route-slices"),
+    "routes, indicators": ("cma-es", {"route": {"encoding": "indicator", "models": FROM}}),
+    "routes, indicators without scales": (
+        "cma-es",
+        {"route": {"encoding": "indicator", "models": FROM, "scales": "none"}},
+    ),
     "routes, route-ga": ("route-ga", None),
     "hybrid": ("cma-es", "hybrid"),
 }
+DEEP = ("weights per layer", "routes, indicators", "routes, route-ga", "hybrid")
+"""Those that are run on the deep models, which take twice the time."""
 
 Scores = Mapping[str, Mapping[str, NDArray[np.float32]]]
 
@@ -50,6 +59,11 @@ Scores = Mapping[str, Mapping[str, NDArray[np.float32]]]
 def experiment(pool: str, algorithm: str, space: Any, seed: int) -> Any:
     """One search over a pool of models."""
     folder, (base, *experts) = POOLS[pool]
+    fitness: Any = load_yaml(ROOT / "fitness" / "skills.yaml")
+    del fitness["floor"]
+    for task in fitness["tasks"]:
+        task["data"] = str(ROOT / "fitness" / task["data"])
+        task["splits"]["report"] = str(ROOT / "fitness" / task["splits"]["report"])
     return load(
         {
             "name": f"routes-{pool}",
@@ -58,8 +72,13 @@ def experiment(pool: str, algorithm: str, space: Any, seed: int) -> Any:
                 "experts": {e.removeprefix("skills-"): str(folder / e) for e in experts},
             },
             **({} if space is None else {"search_space": space}),
-            "fitness": str(ROOT / "fitness" / "skills.yaml"),
-            "search": {"algorithm": algorithm, "seed": seed, "budget": {"evaluations": CANDIDATES}},
+            "fitness": fitness,
+            "search": {
+                "algorithm": algorithm,
+                "seed": seed,
+                "budget": {"evaluations": CANDIDATES},
+                "items": {"policy": "sample", "count": ITEMS},
+            },
             "workers": {"backend": "inline", "device": "cpu", "threads": 1},
         }
     )
@@ -140,7 +159,7 @@ def main(pool: str, seeds: list[int]) -> None:
         raise SystemExit(f"{POOLS[pool][0]}: no models; train them first: python experiments/routes/train_pair.py")
     rows = []
     for seed in seeds:
-        for name in SEARCHES:
+        for name in SEARCHES if pool == "skills" else DEEP:
             rows.append(searched(pool, name, seed, Path("runs") / "routes"))
             print(json.dumps({k: v for k, v in rows[-1].items() if k != "path"}), flush=True)
             lines = ",\n".join(json.dumps(r) for r in rows)

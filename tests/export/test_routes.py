@@ -28,11 +28,10 @@ TYPED = ("gemma2", "gemma3_text")
 def live(pool: ModelPool, recipe: Recipe) -> Any:
     """The model that a candidate is scored with."""
     manifest = pool.manifest()
-    bank = Bank.load(pool, manifest, torch.device("cpu"))
-    builder = Builder(bank, recipe.dtype)
+    builder = Builder(Bank.load(pool, manifest, torch.device("cpu")), recipe.dtype)
     model = live_model(pool.checkpoints[pool.base].path, builder.views(), recipe.dtype)
     builder.build(recipe)
-    Router(model, pool, bank, builder).follow(recipe)
+    Router(model, pool, builder).follow(recipe)
     return model
 
 
