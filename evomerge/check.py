@@ -187,7 +187,13 @@ def _route(r: dict[str, Any]) -> str:
     scales = {"slots": "a scale each", "pairs": "a scale for each pair of layers", "none": "no scales"}[r["scales"]]
     low, high = r["hops"]
     hops = f"{low}" if low == high else f"{low} to {high}"
-    return f"{r['encoding']} of {models}: {r['slots']} {what}, {scales}, {hops} hops"
+    first = next(iter(r["models"]))
+    text = (
+        f"{r['encoding']} of {models}: {r['slots']} {what}, {scales}, {hops} hops, ends and both outer layers {first}'s"
+    )
+    if r["encoding"] == "indicator":
+        text += f"; cma-es begins with {first} alone, random points take half of the slots"
+    return text
 
 
 def text(c: Check) -> str:

@@ -204,6 +204,15 @@ def _ratio(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64
         return np.asarray(np.where(b == 0, np.nan, a / b))
 
 
+def _depth_findings(pool: ModelPool, expert: str) -> list[Finding]:
+    """No merge goes without it, but a layer route may."""
+    try:
+        pool.check_mergeable()
+    except UserError as e:
+        return [Finding("warning", "pool", expert, str(e))]
+    return []
+
+
 def inspect_pool(base: tuple[str, Path], experts: Mapping[str, Path]) -> Inspection:
     """Compare experts with a base, (name, folder) each. Raises UserError where the base itself cannot be read.
 
@@ -215,9 +224,11 @@ def inspect_pool(base: tuple[str, Path], experts: Mapping[str, Path]) -> Inspect
     opened: dict[str, Checkpoint] = {}
     for expert, path in experts.items():
         try:
-            ModelPool.open(folder, {expert: path}, name).check_mergeable()
+            pool = ModelPool.open(folder, {expert: path}, name)
         except UserError as e:
             findings.append(Finding("error", "pool", expert, str(e)))
+        else:
+            findings += _depth_findings(pool, expert)
         try:
             opened[expert] = Checkpoint(path)
         except UserError:

@@ -303,6 +303,13 @@ class RouteSpace:
             out |= {a: getattr(hop, c) for c, a in self._acting(before, step).items()}
         return out
 
+    @property
+    def _longest(self) -> int:
+        """Hops of the longest path: no more than there are slots, and the ends."""
+        if self._route.encoding != "indicator":
+            return self.max_hops
+        return min(self.max_hops, self._encoding.slots + 2)
+
     def describe(self) -> dict[str, Any]:
         """What `check` prints."""
         rules = None if self._rules is None else self._rules.describe()
@@ -321,7 +328,7 @@ class RouteSpace:
                 "encoding": self._route.encoding,
                 "models": dict(self.models),
                 "slots": self._encoding.slots,
-                "hops": [self._encoding.least_hops, self.max_hops],
+                "hops": [self._encoding.least_hops, self._longest],
                 "scales": self._route.scales if "scale" in own else "none",
             },
         }

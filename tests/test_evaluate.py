@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from evomerge.evaluate import MergeEvaluator, pick_device
 from evomerge.prepare import Prepared, prepare
 from evomerge.proposal import Evaluation, ItemSet, Job, Telemetry, WorkUnit
 from evomerge.recipe import Recipe
+from evomerge.score.model import Altered
 from evomerge.standalone import score_folder
 
 
@@ -176,3 +178,84 @@ def test_auto_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert pick_device("auto") == "cuda:0"
     assert pick_device("cpu") == "cpu"
+
+
+# -- routes --------------------------------------------------------------------------------------------------------
+
+SCALED = {"route": {"hops": [{"from": "one", "layer": 1}, {"from": "two", "layer": 0, "scale": 0.5}]}}
+
+
+def routed(prepared: Prepared, *layers: int) -> Recipe:
+    hops = [{"from": "one", "layer": i} for i in layers]
+    return Recipe.model_validate({"route": {"hops": hops}}).canonical(prepared.manifest)
+
+
+def test_a_unit_of_routes_scores_as_one_by_one(prepared: Prepared, evaluator: MergeEvaluator) -> None:
+    """Paths that begin alike share states and give the bits that each gives alone; merges in between do no harm."""
+    recipes = [
+        routed(prepared, 1, 0, 1),
+        routed(prepared, 1, 0, 0, 1),
+        prepared.baselines()["one"],
+        routed(prepared, 1),
+    ]
+    items = prepared.items["search"]
+    alone = [one(evaluator, r, items)[0] for r in recipes]
+    jobs = tuple(Job(i, 0, r, items) for i, r in enumerate(recipes))
+    together = [e for e, _ in evaluator.evaluate(WorkUnit(0, jobs))]
+
+    for a, b in zip(alone, together, strict=True):
+        for task, metrics in a.scores.items():
+            for metric, column in metrics.items():
+                assert np.array_equal(b.scores[task][metric], column)
+    assert not np.array_equal(together[0].scores["sums"]["probability"], together[1].scores["sums"]["probability"])
+
+
+def test_shared_states_never_cost_a_candidate(
+    prepared: Prepared, evaluator: MergeEvaluator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where memory runs out while states are kept for others, they go and the candidate is tried again without."""
+    scored = evaluator._scored
+
+    def scarce(task: str, positions: tuple[int, ...]) -> Any:
+        if evaluator._router.shared.used:
+            raise MemoryError
+        return scored(task, positions)
+
+    monkeypatch.setattr(evaluator, "_scored", scarce)
+    recipes = [routed(prepared, 1, 0, 1), routed(prepared, 1, 0, 0), routed(prepared, 1, 0)]
+    jobs = tuple(Job(i, 0, r, prepared.items["search"]) for i, r in enumerate(recipes))
+
+    assert [e.status for e, _ in evaluator.evaluate(WorkUnit(0, jobs))] == ["ok"] * 3
+
+
+def test_altered_weights_of_a_source_are_read_anew(prepared: Prepared, evaluator: MergeEvaluator) -> None:
+    """A route's layers are the resident weights: whoever writes to them must not leave a trace in later candidates."""
+    items = prepared.items["search"]
+    before, _ = one(evaluator, prepared.baselines()["one"], items)
+    scored = evaluator._scored
+
+    def altering(task: str, positions: tuple[int, ...]) -> Any:
+        evaluator._candidate.model.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+        raise Altered("the function changed the model")
+
+    evaluator._scored = altering  # type: ignore[method-assign]
+    assert one(evaluator, routed(prepared, 1, 0), items)[0].status == "failed:error"
+    evaluator._scored = scored  # type: ignore[method-assign]
+    after, _ = one(evaluator, prepared.baselines()["one"], items)
+
+    assert np.array_equal(after.scores["sums"]["probability"], before.scores["sums"]["probability"])
+
+
+def test_a_copy_of_a_routed_model_is_that_model(prepared: Prepared, evaluator: MergeEvaluator) -> None:
+    """Functions of a user may copy what they are given; the copy keeps its path and gains, the live one moves on."""
+    scaled = Recipe.model_validate(SCALED).canonical(prepared.manifest)
+    one(evaluator, scaled, prepared.items["select"])
+    live = evaluator._candidate.model
+    tokens = torch.arange(5, 25)[None]
+    with torch.inference_mode():
+        expected = live(input_ids=tokens).logits
+        twin = copy.deepcopy(live)
+        one(evaluator, routed(prepared, 1, 0), prepared.items["select"])
+
+        assert torch.equal(twin(input_ids=tokens).logits, expected)
+        assert not torch.equal(live(input_ids=tokens).logits, expected)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from evomerge.cli import _parser
-from evomerge.config import Experiment
+from evomerge.config import Experiment, fitness_of
 from evomerge.fitness import FitnessSpec
 from evomerge.recipe import Recipe
 from evomerge.schema import validated
@@ -47,15 +47,26 @@ def test_an_optimizer_alone(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_yaml_is_read() -> None:
-    """Experiment, fitness, space and recipe of the README are valid."""
-    experiment, fitness, space, recipe = (parse_yaml(b.replace("[...]", "[]"), "README") for b in blocks("yaml"))
+    """Experiments, fitness, spaces and recipes of the README are valid."""
+    read = [parse_yaml(b.replace("[...]", "[]"), "README") for b in blocks("yaml")]
+    experiment, fitness, space, routes, size, recipe, path = read
 
     assert validated(Experiment, experiment, "experiment").tasks[2].kind == "generation"
     tasks = [{"name": "sums", "kind": "generation", "max_tokens": 8, "data": "x"}, {"name": "facts", "data": "x"}]
     spec = validated(FitnessSpec, {**fitness["fitness"], "tasks": tasks}, "fitness")
     assert [g.name for g in spec.goals] == ["skills", "forgetting", "length"]
     assert validated(SpaceSpec, space, "space").method == "ties"
+    found = validated(SpaceSpec, routes["search_space"], "space").route
+    assert found is not None
+    assert found.encoding == "indicator"
+    trade = validated(
+        Experiment, {**size, "name": "size", "models": {"base": "x", "experts": {"y": "y"}}}, "experiment"
+    )
+    assert [g.name for g in fitness_of(trade).goals] == ["skills", "depth"]
     assert len(validated(Recipe, recipe, "recipe").merge or ()) == 2
+    whole = validated(Recipe, {**recipe, **path}, "recipe")
+    assert whole.route is not None
+    assert [h.from_ for h in whole.route.hops] == ["merged", "math", "merged"]
 
 
 def test_commands_exist() -> None:

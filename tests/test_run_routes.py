@@ -11,15 +11,24 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from evomerge.commit import TOGETHER, alike
 from evomerge.config import load
+from evomerge.errors import RunError, UserError
+from evomerge.export.hf import write_hf
 from evomerge.export.verify import verify
 from evomerge.export.write import write_export
+from evomerge.fitness import FitnessSpec
 from evomerge.history import History
+from evomerge.merge.pipeline import BuildError
+from evomerge.merge.route import check_routable
+from evomerge.pool import ModelPool
+from evomerge.prepare import open_pool, prepare
 from evomerge.proposal import ItemSet, Job
 from evomerge.recipe import MERGED, Recipe, in_common
 from evomerge.run import run
+from evomerge.standalone import score_recipe
 
 With = Callable[..., Any]
 WEIGHTS = {"method": "task_arithmetic", "axes": {"weight": {"low": -0.5, "high": 1.5, "default": "uniform"}}}
@@ -122,3 +131,77 @@ def test_routes_that_begin_alike_stand_together() -> None:
             assert in_common(first.recipe.path, second.recipe.path) >= 3
     many = alike(jobs(*[[*a, ("y", i)] for i in range(2 * TOGETHER + 1)]))
     assert [len(unit) for unit in many] == [TOGETHER, TOGETHER, 1]
+
+
+# -- refusals ------------------------------------------------------------------------------------------------------
+
+PATH = {"recipe": 1, "route": {"hops": [{"from": "one", "layer": 1}, {"from": "two", "layer": 0}]}}
+FAR = {"name": "far", "kind": "weights", "weight": 0.1}
+
+
+def test_a_given_route_is_no_distance_away(experiment_with: With, small_experiment: Path) -> None:
+    """A route among the recipes to begin with, and a task that compares weights: refused before anything is scored."""
+    tasks = [*json.loads(small_experiment.read_text())["fitness"]["tasks"]]
+    for task in tasks:
+        task["splits"] = {s: str(small_experiment.parent / f) for s, f in task["splits"].items()}
+    experiment = experiment_with(**{"search.warm_start": [PATH], "fitness.tasks": [*tasks, FAR]})
+
+    with pytest.raises(UserError, match="task 'far' of kind weights compares a model with the base weight by weight"):
+        prepare(experiment)
+    found = {t.name: t for t in experiment.tasks}["far"]
+    pool = open_pool(experiment)
+    with pytest.raises(RunError, match="a layer route has no distance from the base"):
+        score_recipe(Recipe.model_validate(PATH), pool, FitnessSpec.model_construct(tasks=(found,)), splits=("select",))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"search_space": ROUTES}, "route.models names `merged`, but nothing is merged before"),
+        (
+            {"search_space": {"route": {"encoding": "slices"}}, "search.algorithm": "route-ga"},
+            "route-ga makes its paths itself and would not see this search space",
+        ),
+    ],
+)
+def test_routes_that_come_to_nothing_are_refused(overrides: Any, words: str, experiment_with: With) -> None:
+    """A merged model that nobody builds, and a space that nobody looks at."""
+    with pytest.raises(UserError, match=words):
+        prepare(experiment_with(**overrides))
+
+
+@pytest.mark.parametrize("algorithm", ["cma-es", "niches"])
+def test_nothing_to_merge(algorithm: str, experiment_with: With, tiny_model: Any) -> None:
+    """In a pool whose only expert has another depth, a stage of merges could find the base alone."""
+    stages = [{"space": WEIGHTS, "share": 0.5}, {"space": {"route": {"encoding": "slices"}}, "share": 0.5}]
+    stages[0] |= {"algorithm": algorithm}
+    deep = {"models.experts": {"deep": str(tiny_model("llama", 1, num_hidden_layers=3))}}
+
+    with pytest.raises(UserError, match=f"{algorithm} merges, but no expert has as many layers as the base"):
+        prepare(experiment_with(**deep, search_space={"stages": stages}))
+
+
+def test_types_of_layers_in_another_order_are_refused(tiny_model: Any) -> None:
+    """As a merge, the natural path through such an expert would have the base's windows."""
+    types = ["sliding_attention", "full_attention"]
+    one, other = (tiny_model("gemma3_text", 1, layer_types=t) for t in (types, types[::-1]))
+
+    with pytest.raises(UserError, match=r"expert 'other'.*layer_types is .*models of as many layers must agree in it"):
+        check_routable(ModelPool.open(one, {"other": other}))
+
+
+@pytest.mark.parametrize("spoil", [float("nan"), 6e4])
+def test_exports_of_routes_are_finite(spoil: float, tiny_model: Any, tmp_path: Path) -> None:
+    """A NaN in a source's layer, and a weight that a gain takes beyond float16, are told and nothing is written."""
+    sick = tiny_model("llama", 1, name="sick", dtype="float16")
+    tensors = load_file(sick / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"][0, 0] = spoil
+    save_file(tensors, sick / "model.safetensors", {"format": "pt"})
+    pool = ModelPool.open(tiny_model("llama", dtype="float16"), {"sick": sick})
+    manifest = pool.manifest()
+    hops = [{"from": "base", "layer": 0}, {"from": "sick", "layer": 1, "mlp_gain": 2.0}]
+    recipe = Recipe.model_validate({"dtype": "float16", "route": {"hops": hops}}).canonical(manifest)
+
+    with pytest.raises(BuildError, match=r"NaN or infinite weights in mlp.down_proj.weight of hop 2, layer 1 of sick"):
+        write_hf(tmp_path / "out", recipe, pool, manifest)
+    assert not (tmp_path / "out").exists()

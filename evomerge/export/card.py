@@ -78,7 +78,9 @@ def model_card(
     parts = ["---", _front_matter(parents, history, candidate), "---", "", f"# {_title(parents, history)}", ""]
     experts = ", ".join(md(p.name) for p in parents[1:]) or "nothing else"
     parts += [
-        f"The base {md(parents[0].name)} merged with {experts} by evomerge: a recipe over weights, no training.",
+        f"The base {md(parents[0].name)} merged with {experts} by evomerge: a recipe over weights, no training."
+        if recipe.route is None
+        else f"Layers of {md(parents[0].name)}, {experts} in a new order, by evomerge: a layer route, no training.",
         "",
     ]
     parts += ["## Parents", "", *_parents(parents), ""]

@@ -114,6 +114,20 @@ def test_a_unit_that_always_kills_its_worker_fails(local: Make) -> None:
     assert {t.worker for _, _, t in done.values()} <= {"local-0", "local-1"}
 
 
+@pytest.mark.parametrize(
+    ("failure", "status", "attempts"), [("die", "failed:died", ATTEMPTS + 1), ("hang", "failed:timeout", 2)]
+)
+def test_one_of_several_jobs_takes_no_others_with_it(local: Make, failure: str, status: str, attempts: int) -> None:
+    """The jobs of a unit whose worker does not come through it are tried once more, each alone."""
+    executor = local(partial(FakeEvaluator, failures={2: failure}), timeout_seconds=1.0)
+    jobs = tuple(j for n in (1, 2, 3) for j in unit(n).jobs)
+    executor.submit(WorkUnit(9, jobs))
+    done = drained(executor, 3)
+
+    assert {n: e.status for n, (_, e, _) in done.items()} == {1: "ok", 2: status, 3: "ok"}
+    assert done[2][2].attempts == attempts
+
+
 def test_a_hanging_unit_times_out(local: Make) -> None:
     """A unit beyond the limit is failed:timeout, its worker is killed, and the next unit gets a new one."""
     executor = local(partial(FakeEvaluator, failures={1: "hang"}), timeout_seconds=0.6)
