@@ -39,10 +39,16 @@ MOST_HOPS = 2000
 """Hops whose modules are kept for later routes; each takes some tens of kB."""
 
 SAME = (
-    *("rope_parameters", "rope_theta", "rope_scaling", "partial_rotary_factor", "head_dim", "hidden_size"),
-    *("num_attention_heads", "num_key_value_heads", "intermediate_size", "rms_norm_eps", "layer_norm_eps"),
-    *("layer_norm_epsilon", "sliding_window", "hidden_act", "hidden_activation", "activation_function"),
-    *("attn_logit_softcapping", "query_pre_attn_scalar", "max_position_embeddings", "use_parallel_residual"),
+    *("rope_parameters", "rope_theta", "rope_scaling", "partial_rotary_factor", "head_dim"),
+    *("hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size", "rms_norm_eps"),
+    *("layer_norm_eps", "layer_norm_epsilon", "sliding_window", "hidden_act", "hidden_activation"),
+    *(
+        "activation_function",
+        "attn_logit_softcapping",
+        "query_pre_attn_scalar",
+        "max_position_embeddings",
+        "use_parallel_residual",
+    ),
     *(
         "use_bidirectional_attention",
         "scale_attn_weights",

@@ -38,15 +38,14 @@ POOLS: Mapping[str, tuple[Path, tuple[str, ...]]] = {
 CANDIDATES = 240
 ITEMS = 192
 BOOTSTRAPS = 2000
+REPETITIONS = {"skills": 1, "deep": 2}
+"""Of the array of layers: 20 slots, and 72."""
 FROM = ["add", "experts", "base"]
 """Model A of the indicators is the best single one; the genetic algorithm begins with the paths of all."""
 SEARCHES: Mapping[str, tuple[str, Any]] = {
     "weights per layer": ("cma-es", "per-layer"),
-    "routes, indicators": ("cma-es", {"route": {"encoding": "indicator", "models": FROM}}),
-    "routes, indicators without scales": (
-        "cma-es",
-        {"route": {"encoding": "indicator", "models": FROM, "scales": "none"}},
-    ),
+    "routes, indicators": ("cma-es", {"encoding": "indicator", "models": FROM}),
+    "routes, indicators without scales": ("cma-es", {"encoding": "indicator", "models": FROM, "scales": "none"}),
     "routes, route-ga": ("route-ga", None),
     "hybrid": ("cma-es", "hybrid"),
 }
@@ -59,6 +58,8 @@ Scores = Mapping[str, Mapping[str, NDArray[np.float32]]]
 def experiment(pool: str, algorithm: str, space: Any, seed: int) -> Any:
     """One search over a pool of models."""
     folder, (base, *experts) = POOLS[pool]
+    if isinstance(space, dict):
+        space = {"route": {**space, "repetitions": REPETITIONS[pool]}}
     fitness: Any = load_yaml(ROOT / "fitness" / "skills.yaml")
     del fitness["floor"]
     for task in fitness["tasks"]:
