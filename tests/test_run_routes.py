@@ -27,6 +27,7 @@ from evomerge.pool import ModelPool
 from evomerge.prepare import open_pool, prepare
 from evomerge.proposal import ItemSet, Job
 from evomerge.recipe import MERGED, Recipe, in_common
+from evomerge.report.results import Results, warnings_on
 from evomerge.run import run
 from evomerge.standalone import score_recipe
 
@@ -69,6 +70,17 @@ def test_routes_go_through_the_best_merge(hybrid: Path) -> None:
         for name, rule in recipe.blocks.items():
             if name.startswith("layers."):
                 assert rule == merged.blocks[name]
+
+
+def test_a_merge_that_wins_over_routes_is_pointed_out(hybrid: Path) -> None:
+    """The table says where no route was taken, and only there."""
+    history = History.read(hybrid)
+    plain = next(e.id for e in history.entries.values() if e.role == "search" and e.stage == 0)
+    said = "the winner goes through its layers in their own order: no route did better on the select split"
+
+    for number, expected in ((plain, True), (routed(history)[0][0], False)):
+        found = Results([], [], number, {}, 0, 1)
+        assert (said in warnings_on(history, found)) == expected
 
 
 def test_cut_in_either_stage(hybrid: Path, experiment_with: With, tmp_path: Path) -> None:

@@ -253,6 +253,8 @@ def warnings_on(history: History, r: Results) -> list[str]:
     winner = history.entry(r.winner)
     if winner.role == "baseline":
         return [*out, f"the search found nothing better than {winner.name!r}, which was there before"]
+    if history.recipe(r.winner).route is None and any("route" in space.describe() for space in history.spaces):
+        out.append("the winner goes through its layers in their own order: no route did better on the select split")
     if not comparable(history):
         return [*out, "the tasks' metrics have different units, so there is no mean over them"]
     sign = history.experiment.benchmarks[0].sign(history.experiment.benchmarks[0].report_metric)
