@@ -152,7 +152,8 @@ def derivative(p: Prepared, g: Genome, evaluator: Any = None) -> tuple[Genome, E
     assert e.status == "ok", e.reason
     assert e.gradients["choices"].shape == (len(p.manifest.blocks), 3)
     assert e.gradients["choices"].dtype == np.float32
-    return space.gradient(g, products(fitness, e.gradients), p.manifest), e
+    [by_block] = products(fitness, e.gradients)
+    return space.gradient(g, by_block, p.manifest), e
 
 
 def genome(n: int, seed: int = 5) -> Genome:

@@ -95,12 +95,14 @@ def test_layers_that_are_not_alike(tiny_model: Any) -> None:
 
 def test_a_type_of_attention_that_the_base_lacks(tiny_model: Any) -> None:
     """The base's rotary tables are for the types of attention that it has itself."""
-    base = tiny_model("gemma3_text", layer_types=["full_attention", "full_attention"])
-    pool = ModelPool.open(base, {"x": tiny_model("gemma3_text", 1)})
+    types = ["sliding_attention", "full_attention", "full_attention"]
+    full = tiny_model("gemma3_text", layer_types=types[1:])
+    deep = tiny_model("gemma3_text", 1, num_hidden_layers=3, layer_types=types)
+    pool = ModelPool.open(full, {"x": deep})
 
     found = refusal(lambda: check_routable(pool))
     assert "layer_types has 'sliding_attention', which none of the base's layers is" in found
-    check_routable(ModelPool.open(tiny_model("gemma3_text"), {"x": base}))
+    check_routable(ModelPool.open(deep, {"x": full}))
 
 
 def test_layers_that_know_their_place(tiny_model: Any) -> None:
