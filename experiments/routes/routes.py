@@ -46,6 +46,7 @@ SEARCHES: Mapping[str, tuple[str, Any]] = {
     "weights per layer": ("cma-es", "per-layer"),
     "routes, indicators": ("cma-es", {"encoding": "indicator", "models": FROM}),
     "routes, indicators without scales": ("cma-es", {"encoding": "indicator", "models": FROM, "scales": "none"}),
+    "routes, scales of one path": ("cma-es", {"encoding": "scales", "models": FROM[:1]}),
     "routes, route-ga": ("route-ga", None),
     "hybrid": ("cma-es", "hybrid"),
 }
@@ -59,7 +60,8 @@ def experiment(pool: str, algorithm: str, space: Any, seed: int) -> Any:
     """One search over a pool of models."""
     folder, (base, *experts) = POOLS[pool]
     if isinstance(space, dict):
-        space = {"route": {**space, "repetitions": REPETITIONS[pool]}}
+        repetitions = {"repetitions": REPETITIONS[pool]} if space["encoding"] == "indicator" else {}
+        space = {"route": {**space, **repetitions}}
     fitness: Any = load_yaml(ROOT / "fitness" / "skills.yaml")
     del fitness["floor"]
     for task in fitness["tasks"]:
