@@ -353,13 +353,14 @@ def test_decode_is_total_and_encode_inverts_it(name: str, data: st.DataObject, m
     r = space.decode(g, m)
 
     assert r.canonical(m).id == r.id
+    assert Recipe.from_yaml(r.to_yaml()).canonical(m).id == r.id
     back = space.encode(r, m)
     assert space.decode(back, m).id == r.id
 
 
 @pytest.mark.parametrize("name", SPACES)
 def test_corners_of_the_cube(name: str, m: Manifest) -> None:
-    """The corners and the middle decode, and encode again to the same recipe; that and others survive YAML."""
+    """The corners and the middle decode, and encode again to the same recipe."""
     space = space_of(m, **SPACES[name])
     rng = np.random.default_rng(0)
     points = [np.zeros(len(space.axes)), np.ones(len(space.axes)), np.full(len(space.axes), 0.5)]
@@ -368,9 +369,6 @@ def test_corners_of_the_cube(name: str, m: Manifest) -> None:
     for point in points:
         r = space.decode(frozen_genome(point), m)
         assert space.decode(space.encode(r, m), m).id == r.id
-    for point in (points[2], points[3], *rng.random((3, len(space.axes)))):
-        r = space.decode(frozen_genome(point), m)
-        assert Recipe.from_yaml(r.to_yaml()).canonical(m).id == r.id
 
 
 def test_decode_says_what_the_names_say(m: Manifest) -> None:
