@@ -31,7 +31,7 @@ LEVELS = tuple(
     space score.plan workers rundir merge.pipeline merge.gradient
     search.base score score.attention score.model score.prompts merge.builder commit
     merge.route workers.inline workers.fake workers.units
-    search.optuna_study search.recipes search.surrogate
+    search.optuna_study search.recipes search.surrogate search.elite
     search.cmaes search.random_search search.ga search.greedy_soup search.frank_wolfe search.nsga2 search.tpe search.gp
     search.niches search.route_ga search.map_elites search.cycleqd search.adam
     search.nsga3 search.map search.auto

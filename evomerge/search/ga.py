@@ -6,14 +6,14 @@ blend crossover BLX-alpha after Eshelman and Schaffer 1993; Gaussian mutation; t
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from evomerge.proposal import Genome, Proposal, Result, frozen_genome
-from evomerge.search.base import Ids, Needs, Start, check_renewed, check_told
+from evomerge.proposal import Genome, Proposal, frozen_genome
+from evomerge.search.base import Ids, Needs, Start
+from evomerge.search.elite import Generations
 from evomerge.space import Axis
 
 
@@ -43,8 +43,8 @@ class Options:
             raise ValueError("alpha and sigma must not be below 0")
 
 
-class Ga:
-    """Whole generations; a generation's parents are the elite so far and the generation before."""
+class Ga(Generations[Genome]):
+    """Genomes, blended and mutated."""
 
     needs = Needs(scope="incumbents")
 
@@ -58,24 +58,10 @@ class Ga:
     ) -> None:
         self._axes = tuple(axes)
         self._options = options or Options()
-        self._rng = rng
+        super().__init__(rng, self._options.tournament, self._options.elite)
         self._ids = ids
         self._group = -1
-        self._queue: list[Proposal] = []
-        self._waiting: dict[int, Genome] = {}
-        self._told: list[tuple[float, int, Genome]] = []
-        self._parents: list[tuple[float, int, Genome]] = []
-        self._elite: list[tuple[float, int, Genome]] = []
         self._start: Genome | None = start.genome
-
-    def ask(self, n: int) -> list[Proposal]:
-        """Up to n members of the current generation; [] while its tells are awaited."""
-        if not self._queue:
-            if self._waiting:
-                return []
-            self._next_generation()
-        out, self._queue = self._queue[:n], self._queue[n:]
-        return out
 
     def _next_generation(self) -> None:
         self._group += 1
@@ -87,9 +73,9 @@ class Ga:
 
     def _child(self) -> Genome:
         n = len(self._axes)
-        if not any(math.isfinite(loss) for loss, _, _ in self._parents):
+        if not self._able:
             return frozen_genome(self._rng.random(n))
-        a, b = self._parent(), self._parent()
+        (_, a), (_, b) = self._parent(), self._parent()
         low, high = np.minimum(a, b), np.maximum(a, b)
         reach = self._options.alpha * (high - low)
         child = self._rng.uniform(low - reach, high + reach)
@@ -99,36 +85,3 @@ class Ga:
             if axis.kind == "categorical":  # between two choices there is nothing
                 child[i] = self._rng.random() if mutated[i] else (a[i] if self._rng.random() < 0.5 else b[i])
         return frozen_genome(np.clip(child, 0.0, 1.0))
-
-    def _parent(self) -> Genome:
-        drawn = self._rng.integers(len(self._parents), size=self._options.tournament)
-        best: tuple[float, int, Genome] = min((self._parents[i] for i in drawn), key=lambda m: m[:2])
-        return best[2]
-
-    def tell(self, p: Proposal, r: Result) -> None:
-        """Report one result. Raises ValueError for a stranger, told twice, or a NaN loss."""
-        check_told(p, r, self._waiting)
-        del self._waiting[p.id]
-        assert p.genome is not None
-        self._told.append((r.loss, p.id, p.genome))
-        if not self._waiting:
-            self._parents = [*self._elite, *self._told]
-            self._elite = sorted(self._parents, key=lambda m: m[:2])[: self._options.elite]
-            self._told = []
-
-    def incumbents(self) -> list[int]:
-        """The elite: it stands beside the next generation, and is left out here where it failed."""
-        return [] if self._waiting else [i for loss, i, _ in self._elite if math.isfinite(loss)]
-
-    def renew(self, results: Mapping[int, Result]) -> None:
-        """New losses of the elite. Raises ValueError for anybody else, and for a NaN loss."""
-        check_renewed(results, [i for _, i, _ in self._elite])
-        self._elite = [(results[i].loss if i in results else loss, i, g) for loss, i, g in self._elite]
-
-    def stop(self) -> Mapping[str, float]:
-        """Never by itself: the budget ends the search."""
-        return {}
-
-    def recommend(self, k: int) -> list[Proposal]:
-        """Nothing that has not been scored already: the best member is among the driver's candidates."""
-        return []

@@ -19,9 +19,10 @@ from typing import NamedTuple
 import numpy as np
 
 from evomerge.manifest import Manifest
-from evomerge.proposal import Proposal, Result
+from evomerge.proposal import Proposal
 from evomerge.recipe import DECIMALS, MAX_HOPS, Hop, Recipe, Route
-from evomerge.search.base import Ids, Needs, Start, check_renewed, check_told
+from evomerge.search.base import Ids, Needs, Start
+from evomerge.search.elite import Generations
 from evomerge.space import Axis
 
 Rng = np.random.Generator
@@ -255,12 +256,8 @@ class Options:
         return Bounds(layers, self.min_hops, most, self.sigma if self.scales else 0.0)
 
 
-Member = tuple[float, int, Path]
-"""Loss, the proposal's number, genotype."""
-
-
-class RouteGa:
-    """Whole generations; a generation's parents are the elite so far and the generation before."""
+class RouteGa(Generations[Path]):
+    """Paths, crossed and mutated. The first generation has each model's own, of which the baselines know the scores."""
 
     needs = Needs(scope="incumbents", proposes="recipes", routes=True)
 
@@ -276,35 +273,18 @@ class RouteGa:
         self._manifest, self._dtype = start.manifest, start.dtype
         self._o = options or Options()
         self._bounds = self._o.bounds(start.manifest)
-        self._rng, self._ids = rng, ids
+        super().__init__(rng, self._o.tournament, self._o.elite)
+        self._ids = ids
         self._group = -1
-        self._queue: list[Proposal] = []
-        self._waiting: dict[int, Path] = {}
         self._proposed: set[str] = set()
-        self._seeds: list[Member] = []
-        self._told: list[Member] = []
-        self._parents: list[Member] = []
-        self._elite: list[Member] = []
-
-    def ask(self, n: int) -> list[Proposal]:
-        """Up to n members of the current generation; [] while its tells are awaited.
-
-        The own paths of models as deep as the base are recipes that every run scores as baselines, so they cost
-        nothing.
-        """
-        if not self._queue:
-            if self._waiting:
-                return []
-            self._next_generation()
-        out, self._queue = self._queue[:n], self._queue[n:]
-        return out
+        self._seeds: list[tuple[int, Path]] = []
 
     def _next_generation(self) -> None:
         self._group += 1
         if not self._group:
             for source in self._bounds.layers:
                 i = self._propose(own_path(source, self._bounds, self._rng), ())
-                self._seeds.append((math.inf, i, self._waiting[i]))
+                self._seeds.append((i, self._waiting[i]))
         while len(self._queue) < self._o.population:
             self._propose(*self._child())
 
@@ -324,46 +304,15 @@ class RouteGa:
 
     def _child(self) -> tuple[Path, tuple[int, ...]]:
         """A child of tournaments' winners; while nobody has a loss, the next model's own path, mutated once."""
-        if not any(math.isfinite(loss) for loss, _, _ in self._parents):
-            _, i, path = self._seeds[len(self._queue) % len(self._seeds)]
+        if not self._able:
+            i, path = self._seeds[len(self._queue) % len(self._seeds)]
             return mutated(path, self._bounds, self._rng), (i,)
-        _, i, path = self._parent()
+        i, path = self._parent()
         parents = [i]
         if self._rng.random() < self._o.crossover:
-            _, j, other = self._parent()
+            j, other = self._parent()
             path = crossed(path, other, self._bounds, self._rng)
             parents.append(j)
         for _ in range(self._o.mutations):
             path = mutated(path, self._bounds, self._rng)
         return path, tuple(dict.fromkeys(parents))
-
-    def _parent(self) -> Member:
-        drawn = self._rng.integers(len(self._parents), size=self._o.tournament)
-        best: Member = min((self._parents[i] for i in drawn), key=lambda m: m[:2])
-        return best
-
-    def tell(self, p: Proposal, r: Result) -> None:
-        """Report one result. Raises ValueError for a stranger, told twice, or a NaN loss."""
-        check_told(p, r, self._waiting)
-        self._told.append((r.loss, p.id, self._waiting.pop(p.id)))
-        if not self._waiting:
-            self._parents = [*self._elite, *self._told]
-            self._elite = sorted(self._parents, key=lambda m: m[:2])[: self._o.elite]
-            self._told = []
-
-    def incumbents(self) -> list[int]:
-        """The elite: it stands beside the next generation, and is left out here where it failed."""
-        return [] if self._waiting else [i for loss, i, _ in self._elite if math.isfinite(loss)]
-
-    def renew(self, results: Mapping[int, Result]) -> None:
-        """New losses of the elite. Raises ValueError for anybody else, and for a NaN loss."""
-        check_renewed(results, [i for _, i, _ in self._elite])
-        self._elite = [(results[i].loss if i in results else loss, i, p) for loss, i, p in self._elite]
-
-    def stop(self) -> Mapping[str, float]:
-        """Never by itself: the budget ends the search."""
-        return {}
-
-    def recommend(self, k: int) -> list[Proposal]:
-        """Nothing that has not been scored already: the best member is among the driver's candidates."""
-        return []
